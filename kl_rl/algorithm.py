@@ -1,0 +1,243 @@
+"""The solver type: four functions. A named method is an expression over these parts, never a subclass.
+
+    init(policy)                      -> State
+    behaviour(state, posterior)       -> Policy      who should draw the next batch
+    step(state, posterior, batch)     -> State, Info
+    deploy(state, posterior)          -> Policy      what the method has learned, as one policy
+
+``step`` does no sampling and a rollout does no learning, so replay, host-side rewards and logged data are ordinary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kl_rl import advantages, numerics, weights
+from kl_rl.policy import Policy
+from kl_rl.posterior import Evidence, Posterior
+from kl_rl.rollout import score
+from kl_rl.trajectories import Trajectories, check_trajectories
+
+__all__ = ["Algorithm", "Extra", "Info", "Scored", "State", "base_policy", "gradient_algorithm", "own_policy"]
+
+
+class Scored(NamedTuple):
+    """The arrays every method reads, in nats, 0 on masked or uncontrolled tokens.
+
+    Attributes:
+      log_q: under the policy being fitted; [P, K, T].
+      log_base: under p0; [P, K, T].
+      log_behaviour: under whatever produced the sample, as recorded; [P, K, T].
+      mask: real and controlled tokens; [P, K, T].
+      reward: [P, K].
+      log_evidence: log l(reward); [P, K].
+      log_twist: log expected future evidence, boundary value in place, or None; [P, K, T + 1].
+    """
+
+    log_q: jax.Array
+    log_base: jax.Array
+    log_behaviour: jax.Array
+    mask: jax.Array
+    reward: jax.Array
+    log_evidence: jax.Array
+    log_twist: jax.Array | None
+
+    @property
+    def sequence_log_q(self) -> jax.Array:
+        """log q(y); [P, K]."""
+        return jnp.sum(self.log_q, axis=-1)
+
+    @property
+    def log_ratio(self) -> jax.Array:
+        """l = log q(y) - log p0(y); [P, K]."""
+        return jnp.sum(self.log_q - self.log_base, axis=-1)
+
+    @property
+    def delta(self) -> jax.Array:
+        """log q(y) - log p0(y) - log l(y), equal to -log Z at q = p*; [P, K]."""
+        return self.log_ratio - self.log_evidence
+
+    @property
+    def log_importance(self) -> jax.Array:
+        """log p0(y) - log behaviour(y); [P, K]."""
+        return jnp.sum(self.log_base - self.log_behaviour, axis=-1)
+
+
+class State(NamedTuple):
+    """What the next step needs."""
+
+    policy: Policy
+    twist: Policy | None
+    optimizer: Any
+    extra: Any
+    step: jax.Array
+
+
+class Info(NamedTuple):
+    """What a person may want to look at; scalars.
+
+    Attributes:
+      loss: mean loss of the batch before the update.
+      reward: mean reward of the batch.
+      log_ratio: mean of log q - log p0 over the batch, nats; on-policy it estimates KL(q || p0).
+      ess: effective sample size of the batch's weights, as a fraction of its size; 0 if nothing had weight.
+      grad_norm: global norm of the gradient.
+    """
+
+    loss: jax.Array
+    reward: jax.Array
+    log_ratio: jax.Array
+    ess: jax.Array
+    grad_norm: jax.Array
+
+
+class Algorithm(NamedTuple):
+    """A method; see the module docstring for the four signatures."""
+
+    init: Callable[[Policy], State]
+    behaviour: Callable[[State, Posterior], Policy]
+    step: Callable[[State, Posterior, Trajectories], tuple[State, Info]]
+    deploy: Callable[[State, Posterior], Policy]
+
+
+class Extra(NamedTuple):
+    """State of a method beyond its networks: a frozen policy, return statistics, a running log Z.
+
+    Attributes:
+      init: ``policy -> extra``.
+      update: ``(extra, state, scored, batch) -> extra``, before the gradient step; ``scored`` is under the current policy.
+    """
+
+    init: Callable[[Policy], Any]
+    update: Callable[[Any, State, Scored, Trajectories], Any]
+
+
+LossFn = Callable[[Scored, Evidence, Any], tuple[jax.Array, jax.Array]]
+
+
+def own_policy(state: State, posterior: Posterior) -> Policy:
+    """On-policy: the policy being fitted."""
+    return state.policy
+
+
+def base_policy(state: State, posterior: Posterior) -> Policy:
+    """Imitation: samples come from p0."""
+    return posterior.base
+
+
+def _identity(batch: Trajectories) -> Trajectories:
+    return batch
+
+
+def _scored(policy: Policy, twist: Policy | None, posterior: Posterior, batch: Trajectories) -> Scored:
+    log_evidence = posterior.evidence.log_evidence(batch.reward)
+    log_twist = None
+    if twist is not None:
+        prompt = jnp.broadcast_to(batch.prompt[:, None], (*batch.tokens.shape[:2], batch.prompt.shape[-1]))
+        log_twist = advantages.terminal_twist(twist.logits(prompt, batch.tokens), log_evidence, batch.mask)
+    log_behaviour = numerics.multiply_no_nan(batch.log_behaviour, batch.action_mask.astype(batch.log_behaviour.dtype))
+    return Scored(
+        log_q=score(policy, batch),
+        log_base=jax.lax.stop_gradient(score(posterior.base, batch)),
+        log_behaviour=log_behaviour,
+        mask=batch.action_mask,
+        reward=batch.reward,
+        log_evidence=log_evidence,
+        log_twist=log_twist,
+    )
+
+
+def gradient_algorithm(
+    loss: LossFn,
+    *,
+    optimizer: optax.GradientTransformation,
+    behaviour: Callable[[State, Posterior], Policy] = own_policy,
+    deploy: Callable[[State, Posterior], Policy] = own_policy,
+    prepare: Callable[[Trajectories], Trajectories] = _identity,
+    twist: Policy | None = None,
+    twist_optimizer: optax.GradientTransformation | None = None,
+    extra: Extra | None = None,
+    epochs: int = 1,
+    min_samples: int = 1,
+    soft_evidence: bool = False,
+) -> Algorithm:
+    """Assemble a method from a loss and where its samples come from.
+
+    Args:
+      loss: ``(scored, evidence, extra) -> (losses [P, K] or [P], weights [P, K])``; the mean of the losses is minimized, the
+        weights only feed ``Info.ess``.
+      optimizer: for the policy's parameters.
+      behaviour: who draws the samples.
+      deploy: the learned policy.
+      prepare: applied to each batch first (relabelling, pairing).
+      twist: initial twist head, if the loss reads ``log_twist``.
+      twist_optimizer: for the twist's parameters; ``optimizer`` if None.
+      extra: further state.
+      epochs: gradient steps on each batch.
+      min_samples: smallest admissible K.
+      soft_evidence: refuse hard evidence (reverse KL and squared residuals would be infinite).
+
+    Returns:
+      An Algorithm.
+
+    Raises:
+      ValueError: from ``step``, while tracing, if K is too small or the evidence is hard where it may not be.
+    """
+    transforms = {"policy": optimizer, "twist": twist_optimizer or optimizer}
+
+    def init(policy: Policy) -> State:
+        optimizers = {"policy": transforms["policy"].init(policy.params)}
+        if twist is not None:
+            optimizers["twist"] = transforms["twist"].init(twist.params)
+        extras = None if extra is None else extra.init(policy)
+        return State(policy, twist, optimizers, extras, jnp.zeros((), jnp.int32))
+
+    def descend(state: State, posterior: Posterior, batch: Trajectories) -> tuple[State, Info]:
+        params = {"policy": state.policy.params}
+        if state.twist is not None:
+            params["twist"] = state.twist.params
+
+        def objective(params):
+            head = None if state.twist is None else state.twist.with_params(params["twist"])
+            scored = _scored(state.policy.with_params(params["policy"]), head, posterior, batch)
+            losses, weight = loss(scored, posterior.evidence, state.extra)
+            return jnp.mean(losses), (scored, weight)
+
+        (value, (scored, weight)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        optimizers, updated = {}, {}
+        for name in params:
+            updates, optimizers[name] = transforms[name].update(grads[name], state.optimizer[name], params[name])
+            updated[name] = optax.apply_updates(params[name], updates)
+        info = Info(
+            loss=value,
+            reward=jnp.mean(batch.reward),
+            log_ratio=jnp.mean(scored.log_ratio),
+            ess=weights.effective_sample_size(weight.reshape(-1)) / weight.size,
+            grad_norm=optax.tree.norm(grads),
+        )
+        head = None if state.twist is None else state.twist.with_params(updated["twist"])
+        policy = state.policy.with_params(updated["policy"])
+        return State(policy, head, optimizers, state.extra, state.step + 1), info
+
+    def step(state: State, posterior: Posterior, batch: Trajectories) -> tuple[State, Info]:
+        if soft_evidence and posterior.evidence.hard:
+            raise ValueError(
+                f"hard evidence ({type(posterior.evidence).__name__}) has zero-probability strings: reverse KL and squared residuals are "
+                "infinite there; use a filtered-imitation method, or soft evidence (Tilt)"
+            )
+        batch = prepare(batch)
+        check_trajectories(batch, min_samples=min_samples)
+        if extra is not None:
+            scored = _scored(state.policy, state.twist, posterior, batch)
+            state = state._replace(extra=extra.update(state.extra, state, scored, batch))
+        if epochs == 1:
+            return descend(state, posterior, batch)
+        state, infos = jax.lax.scan(lambda s, _: descend(s, posterior, batch), state, None, length=epochs)
+        return state, jax.tree.map(lambda x: x[0], infos)
+
+    return Algorithm(init, behaviour, step, deploy)

@@ -1,0 +1,106 @@
+"""Rows of results: exact measurements of a law, joined with who produced it; JSON lines in, JSON lines out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kl_rl.budget import Budget, budget
+from kl_rl.compare.problem import Problem
+from kl_rl.exact import Levels
+
+__all__ = ["clean", "exact_budgets", "sampled_interval"]
+
+
+@jax.jit
+def _budgets(log_q, log_base, reward, value, index, beta):
+    """Budgets of many laws, averaged over prompts; log_q [B, P, N], beta [B] (NaN: use the fitted one)."""
+
+    def one(log_q, log_base, reward, index, beta):
+        levels = Levels(value, index)
+        fitted = budget(log_q, log_base, reward, levels, jnp.asarray(1.0, log_q.dtype)).beta_fit
+        return budget(log_q, log_base, reward, levels, jnp.where(jnp.isnan(beta), fitted, beta))
+
+    per_prompt = jax.vmap(one, in_axes=(0, 0, 0, 0, None))
+    law = lambda pair: jax.tree.map(jnp.mean, per_prompt(pair[0], log_base, reward, index, pair[1]))  # noqa: E731
+    return jax.lax.map(law, (log_q, beta))
+
+
+def exact_budgets(problem: Problem, log_q: np.ndarray, beta: Iterable[float | None]) -> list[dict[str, float]]:
+    """Exact budgets of B laws in double precision.
+
+    Args:
+      problem: the world.
+      log_q: [B, P, N].
+      beta: temperature of the posterior each law is compared with; None means the fitted one.
+
+    Returns:
+      One dict of floats per law, the fields of ``Budget`` and ``beta``.
+    """
+    betas = np.array([np.nan if b is None else b for b in beta], np.float64)
+    with jax.enable_x64(True):
+        arrays = (problem.log_base, problem.reward, problem.levels.value, problem.levels.index)
+        result = jax.tree.map(np.asarray, _budgets(jnp.asarray(log_q), *map(jnp.asarray, arrays), jnp.asarray(betas)))
+    rows = []
+    for i, given in enumerate(betas):
+        row = {name: float(getattr(result, name)[i]) for name in Budget._fields}
+        row["beta"] = row["beta_fit"] if np.isnan(given) else float(given)
+        rows.append(row)
+    return rows
+
+
+def sampled_interval(problem: Problem, log_q: np.ndarray, rng: np.random.Generator, size: int) -> dict[str, Any]:
+    """Calibration loss as an outsider would estimate it: from ``size`` samples of q and of p0 and their log-probabilities.
+
+    Args:
+      problem: the world.
+      log_q: one law; [P, N].
+      rng: numpy generator.
+      size: samples of each, per prompt.
+
+    Returns:
+      ``C_lower, C_upper`` (95 %), ``C_fwd_lower, C_fwd_upper``.
+    """
+    from kl_rl.calibration import calibration_budget
+    from kl_rl.samples import Samples
+
+    def draw(law: np.ndarray) -> Samples:
+        reward, ratio, prompt = [], [], []
+        for i, (row, q) in enumerate(zip(law, log_q, strict=True)):
+            probability = np.exp(row)
+            index = rng.choice(len(row), size, p=probability / probability.sum())
+            reward.append(problem.reward[i][index])
+            ratio.append(q[index] - problem.log_base[i][index])
+            prompt.append(np.full(size, i))
+        one = len(log_q) == 1
+        return Samples.from_log_ratio(
+            np.concatenate(reward), np.concatenate(ratio), None if one else np.concatenate(prompt)
+        )
+
+    base = draw(problem.log_base)
+    finite = np.isfinite(base.log_ratio).all()
+    measured = calibration_budget(draw(log_q), base if finite else None, bins="exact")
+    return {
+        "C_lower": measured.C.lower,
+        "C_upper": measured.C.upper,
+        "C_fwd_lower": measured.C_fwd.lower,
+        "C_fwd_upper": measured.C_fwd.upper,
+    }
+
+
+def clean(row: dict[str, Any]) -> dict[str, Any]:
+    """Plain JSON values: numpy scalars become Python's, non-finite numbers null (infinite or undefined)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return value
+
+    return {key: plain(value) for key, value in row.items()}

@@ -1,0 +1,139 @@
+"""The folder of a run: its declared settings, rows that are on disk the moment they exist, and a lock."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kl_rl.compare.rows import clean
+
+__all__ = ["OutputError", "Session", "provenance", "write_atomically"]
+
+
+class OutputError(ValueError):
+    """The output folder cannot be used; the message says why and what to do."""
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and device of this process, for every row of results."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
+    versions["python"] = platform.python_version()
+    versions["kl-rl"] = importlib.metadata.version("kl-rl")
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False) if _has_git() else None
+    commit = found.stdout.strip() if found is not None and found.returncode == 0 else None
+    return {"versions": versions, "commit": commit or None, "device": jax.devices()[0].device_kind}
+
+
+def _has_git() -> bool:
+    import shutil
+
+    return shutil.which("git") is not None
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a crash leaves either the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    data = content.encode() if isinstance(content, str) else content
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Session:
+    """An output folder held by one process: ``run.json`` (settings), ``results.jsonl``, ``curves.jsonl``.
+
+    Args:
+      folder: created if missing.
+      settings: what was asked; a resumed run must have been asked the same.
+      resume: go on with the rows that are there.
+
+    Raises:
+      OutputError: if the folder holds another run, is in use, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], *, resume: bool):
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(folder / ".lock", "a")  # noqa: SIM115
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{folder}: cannot write here: {getattr(error, 'strerror', None) or error}; choose another --out") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(f"{folder}: another process is writing to this folder; wait for it or choose another --out") from error
+        self._check_settings(settings, resume)
+
+    def _check_settings(self, settings: dict[str, Any], resume: bool) -> None:
+        path = self.folder / "run.json"
+        if not path.exists():
+            foreign = [p.name for p in self.folder.iterdir() if p.name != ".lock"]
+            if foreign:
+                raise OutputError(f"{self.folder}: not empty and not a run of kl-rl (found {sorted(foreign)[0]}); choose another --out")
+            write_atomically(path, json.dumps(settings, indent=2) + "\n")
+            return
+        if not resume:
+            raise OutputError(f"{self.folder}: already holds a run; add --resume to go on with it, or choose another --out")
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise OutputError(f"{path}: not valid JSON ({error}); choose another --out") from error
+        changed = sorted(k for k in {*settings, *before} if settings.get(k) != before.get(k))
+        if changed:
+            key = changed[0]
+            raise OutputError(
+                f"{path}: this run was started with {key} = {before.get(key)!r}, now asked for {settings.get(key)!r}; "
+                "repeat the old options with --resume, or choose another --out"
+            )
+
+    def append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Add rows to a JSON-lines file, durable on return."""
+        text = "".join(json.dumps(clean(row), allow_nan=False) + "\n" for row in rows)
+        with open(self.folder / name, "a") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Rows written so far; a line cut short by a crash is dropped from the file."""
+        path = self.folder / name
+        if not path.exists():
+            return []
+        lines = path.read_text().splitlines(keepends=True)
+        whole = []
+        for line in lines:
+            try:
+                whole.append(json.loads(line))
+            except ValueError:
+                break
+        if len(whole) < len(lines):
+            write_atomically(path, "".join(lines[: len(whole)]))
+        return whole
+
+    def close(self) -> None:
+        """Release the folder."""
+        self._lock.close()
+
+
+@contextlib.contextmanager
+def opened(folder: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[Session]:
+    """A session that is closed whatever happens."""
+    session = Session(folder, settings, resume=resume)
+    try:
+        yield session
+    finally:
+        session.close()

@@ -1,0 +1,155 @@
+"""``kl-rl compare`` on an enumerable world: train, measure exactly, and keep every row as soon as it exists."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kl_rl.compare.catalogue import Method
+from kl_rl.compare.knobs import row_beta
+from kl_rl.compare.problem import Problem, make_problem, mean_at_fraction
+from kl_rl.compare.reference import flow_curves, reference_laws
+from kl_rl.compare.rows import exact_budgets, sampled_interval
+from kl_rl.compare.runner import Plan, Trained, train
+from kl_rl.compare.session import Session, provenance, write_atomically
+from kl_rl.worlds import World
+
+__all__ = ["describe", "run_tabular"]
+
+Progress = Callable[[float, str], None]
+SAMPLED = 2000
+CURVE_FIELDS = ("reward", "kl", "P", "S", "C", "C_fwd", "C_JS")
+
+
+def _interval(problem: Problem, law: np.ndarray, row: dict[str, Any], tag: int) -> dict[str, Any]:
+    """The sampled interval, and whether it holds the exact value: the instrument checks itself on every row."""
+    measured = sampled_interval(problem, law, np.random.default_rng(tag), SAMPLED)
+    low, high = measured["C_lower"], measured["C_upper"]
+    inside = None if low is None or high is None else bool(low <= row["C"] <= high)
+    return measured | {"C_in_interval": inside, "interval_samples": SAMPLED}
+
+
+def _reference_rows(problem: Problem, plan: Plan, extras: Any) -> list[dict[str, Any]]:
+    laws = reference_laws(problem, plan.fractions)
+    budgets = exact_budgets(
+        problem, np.stack([r.log_q for r in laws]), [row_beta(r.knob, r.knob_value) for r in laws]
+    )
+    rows = []
+    for number, (law, measured) in enumerate(zip(laws, budgets, strict=True)):
+        row = {"method": law.method, "family": "reference", "knob": law.knob, "knob_value": law.knob_value, "seed": 0}
+        row |= measured | {"known_C": law.known_C} | extras(law.log_q, measured)
+        rows.append(row | _interval(problem, law.log_q, measured, number))
+    return rows
+
+
+def _curve_rows(method: str, knob: float, seed: int, steps: np.ndarray, budgets: list[dict[str, float]]):
+    return [
+        {"method": method, "knob_value": knob, "seed": seed, "step": int(step)}
+        | {name: b[name] for name in CURVE_FIELDS}
+        for step, b in zip(steps, budgets, strict=True)
+    ]
+
+
+def _stops(budgets: list[dict[str, float]], means: list[float]) -> list[int]:
+    """Checkpoints of an early-stopped run that come closest to the rewards aimed at."""
+    rewards = np.array([b["reward"] for b in budgets])
+    return list(dict.fromkeys(int(np.argmin(np.abs(rewards - mean))) for mean in means))
+
+
+def _method_rows(
+    method: Method, trained: Trained, problem: Problem, plan: Plan, extras: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    means = [mean_at_fraction(problem, f)[0] for f in plan.fractions]
+    rows, curves = [], []
+    for lane, (knob, seed) in enumerate(zip(trained.knob, trained.seed, strict=True)):
+        beta = row_beta(method.knob, float(knob))
+        laws = trained.log_q[:, lane]
+        budgets = exact_budgets(problem, laws, [beta] * len(laws))
+        curves += _curve_rows(method.name, float(knob), int(seed), trained.steps, budgets)
+        stops = _stops(budgets, means) if method.knob == "steps" else [len(laws) - 1]
+        for stop in stops:
+            value = float(trained.steps[stop]) if method.knob == "steps" else float(knob)
+            row = {
+                "method": method.name,
+                "family": method.family,
+                "knob": method.knob,
+                "knob_value": value,
+                "seed": int(seed),
+                "steps": int(trained.steps[stop]),
+            }
+            row |= budgets[stop] | extras(laws[stop], budgets[stop])
+            row |= _interval(problem, laws[stop], budgets[stop], 1000 * lane + stop)
+            row |= {"ess": float(trained.ess[lane]), "lanes": len(trained.knob)}
+            rows.append(row | {"wall_s": trained.wall, "compile_s": trained.compile})
+    return rows, curves
+
+
+def _flow_rows(problem: Problem, beta: float) -> list[dict[str, Any]]:
+    rows = []
+    for name, path in flow_curves(problem, beta).items():
+        prompts = len(problem.log_base)
+        laws = np.repeat(path[:, None], prompts, axis=1)
+        rows += _curve_rows(name, beta, 0, np.arange(len(path)), exact_budgets(problem, laws, [beta] * len(laws)))
+    return rows
+
+
+def run_tabular(
+    world: World,
+    methods: tuple[Method, ...],
+    plan: Plan,
+    session: Session,
+    progress: Progress,
+    extras: Callable[[Problem], Callable[[np.ndarray, dict[str, float]], dict[str, Any]]],
+) -> None:
+    """Run the comparison; rows go to the session, finished methods found there are skipped.
+
+    Args:
+      world: enumerable.
+      methods: rows of the catalogue.
+      plan: sizes.
+      session: the output folder.
+      progress: called with the fraction done and a message.
+      extras: ``problem -> (law, budget) -> dict``, further measurements of every row (queries, scores).
+    """
+    total = len(methods) + 2
+    progress(0.0, f"base model by maximum likelihood on {world.name}")
+    problem = make_problem(world, base_steps=plan.base_steps)
+    write_atomically(session.folder / "world.json", json.dumps(describe(world, plan, problem), indent=1) + "\n")
+    done = {row["method"] for row in session.rows("results.jsonl")}
+    measure, about = extras(problem), provenance()
+    if "exact-posterior" not in done:
+        progress(1 / total, "exact reference laws")
+        rows = _reference_rows(problem, plan, measure)
+        if len(problem.log_base) == 1:
+            session.append("curves.jsonl", _flow_rows(problem, mean_at_fraction(problem, plan.fractions[1])[1]))
+        session.append("results.jsonl", [row | about for row in rows])
+    for number, method in enumerate(methods):
+        if method.name in done:
+            continue
+        at = lambda inner, message, n=number: progress((2 + n + inner) / total, message)  # noqa: E731
+        started = time.perf_counter()
+        trained = train(method, problem, plan, list(range(plan.seeds)), at)
+        rows, curves = _method_rows(method, trained, problem, plan, measure)
+        session.append("curves.jsonl", [c for c in curves if len(trained.steps) > 1])
+        session.append("results.jsonl", [row | about for row in rows])
+        at(1.0, f"{method.name}: {len(rows)} rows in {time.perf_counter() - started:.0f} s")
+
+
+def describe(world: World, plan: Plan, problem: Problem) -> dict[str, Any]:
+    """What the report says about the question; kept as ``world.json``, so that an interrupted run can be reported too."""
+    law = [[float(v), float(m)] for v, m in zip(problem.levels.value, np.exp(problem.log_level), strict=True) if m > 0]
+    loss, entropy = problem.base_loss
+    return {
+        "name": world.name,
+        "law": law,
+        "fractions": [plan.fractions[0] + 0.05, plan.fractions[1]],
+        "subtitle": f"{world.vocab}^{world.horizon} = {world.num_strings} strings, {len(law)} reward levels, {plan.seeds} seeds, "
+        f"{plan.steps} steps of {plan.num_samples} samples; every number below is exact for the policies trained, by enumeration.",
+        "question": f"A small transformer was trained by maximum likelihood on a hidden Markov process (held-out loss {loss:.4f} nats per token, "
+        f"entropy of the process {entropy:.4f}) and frozen as p0. From it, each method fine-tuned the same network towards more reward. "
+        "How much of p0's calibrated conditional inference did each destroy, beyond the Bayesian update the reward asked for?",
+    }

@@ -1,0 +1,47 @@
+"""Between imitation and RL: the alpha-divergence, from forward KL (alpha = 1) to reverse KL (alpha = 0)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kl_rl import objectives
+from kl_rl.algorithm import Algorithm, Extra, Scored, State, gradient_algorithm
+from kl_rl.trajectories import Trajectories
+
+__all__ = ["alpha_divergence"]
+
+
+def alpha_divergence(
+    alpha: jax.Array | float, *, optimizer: optax.GradientTransformation, memory: float = 0.95
+) -> Algorithm:
+    """On-policy descent of ``D_alpha(p* || q)`` with a running log Z (alpha-DPG, arXiv 2512.05962; Go et al. 2023, arXiv 2302.08215).
+
+    log Z is tracked by an exponential average of the batch means of ``p0 l / q`` (unbiased for Z). Fixed point: p*_beta for every alpha in a class that holds it;
+    in a smaller class alpha chooses between covering p* and seeking its modes.
+
+    Args:
+      alpha: in [0, 1]; may be traced.
+      optimizer: for the policy.
+      memory: decay of the running average.
+
+    Returns:
+      Algorithm; needs K >= 2 and soft evidence. ``State.extra`` is (running Z scaled by its age, age), in logs.
+    """
+
+    def loss(scored, evidence, extra):
+        log_weight = -scored.delta - (extra[0] - extra[1])
+        losses = objectives.alpha_divergence(scored.sequence_log_q, log_weight, alpha=alpha)
+        return losses, jnp.exp(jax.lax.stop_gradient(log_weight))
+
+    def track(extra, state: State, scored: Scored, batch: Trajectories):
+        fresh = jax.nn.logsumexp(-scored.delta) - jnp.log(scored.delta.size)
+        keep, add = jnp.log(memory), jnp.log1p(-memory)
+        return jnp.logaddexp(extra[0] + keep, fresh + add), jnp.logaddexp(extra[1] + keep, add)
+
+    dtype = jnp.result_type(float)
+    nothing = (jnp.asarray(-jnp.inf, dtype), jnp.asarray(-jnp.inf, dtype))
+    return gradient_algorithm(
+        loss, optimizer=optimizer, extra=Extra(lambda policy: nothing, track), min_samples=2, soft_evidence=True
+    )

@@ -1,0 +1,120 @@
+"""Conditioning on the return: one conditional policy for every return at once, and a return prior at test time.
+
+Exact conditioning with any return prior has C = 0; with the exponentially tilted prior ``pi(R) ~ p0(R) e^{R/beta}`` it is p*_beta itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kl_rl import numerics, objectives
+from kl_rl.algorithm import Algorithm, Extra, Scored, State, base_policy, gradient_algorithm
+from kl_rl.policy import Policy, mixture
+from kl_rl.posterior import Evidence, Posterior
+from kl_rl.trajectories import Trajectories
+
+__all__ = ["ReturnCounts", "decision_transformer", "greatest_return", "tilted_returns", "top_quantile"]
+
+
+class ReturnCounts(NamedTuple):
+    """How often each return token was seen in samples of p0, and the log of its summed evidence; [R] each."""
+
+    count: jax.Array
+    log_evidence: jax.Array
+
+
+ReturnPrior = Callable[[ReturnCounts, Evidence], jax.Array]
+
+
+def tilted_returns(counts: ReturnCounts, evidence: Evidence) -> jax.Array:
+    """``log pi(R) = log E_{p0}[l 1[R]] + const``: p0(R) e^{R/beta} when each token stands for one return; [R]."""
+    return numerics.safe_log_softmax(counts.log_evidence)
+
+
+def greatest_return(counts: ReturnCounts, evidence: Evidence) -> jax.Array:
+    """All mass on the largest return seen (decision transformer with maximal target return); [R]."""
+    seen = counts.count > 0
+    best = jnp.max(jnp.where(seen, jnp.arange(seen.shape[0]), -1))
+    return jnp.where(jnp.arange(seen.shape[0]) == best, 0.0, -jnp.inf).astype(counts.log_evidence.dtype)
+
+
+def top_quantile(fraction: jax.Array | float) -> ReturnPrior:
+    """The base's own returns, restricted to their upper ``fraction`` (the boundary token in part): quantile tokens as in
+    Quark (Lu et al. 2022, arXiv 2205.13636). Equals the quantilizer of Taylor 2015: KL(q || p0) = log 1/fraction.
+    """  # noqa: D205
+
+    def prior(counts: ReturnCounts, evidence: Evidence) -> jax.Array:
+        share = counts.count / jnp.maximum(jnp.sum(counts.count), 1.0)
+        above = jnp.cumsum(share[::-1])[::-1] - share
+        kept = jnp.clip(fraction - above, 0.0, share)
+        return numerics.safe_log(kept / jnp.maximum(jnp.sum(kept), 1e-30))
+
+    return prior
+
+
+def _relabel(batch: Trajectories, edges: jax.Array, first_token: int) -> Trajectories:
+    """Each sample becomes its own prompt, whose first token says which return it got; [P, K] -> [P * K, 1]."""
+    num_prompts, num_samples, _ = batch.tokens.shape
+    label = first_token + jnp.searchsorted(edges, batch.reward, side="right")
+    prompt = jnp.broadcast_to(batch.prompt[:, None], (num_prompts, num_samples, batch.prompt.shape[-1]))
+    prompt = prompt.at[..., 0].set(label.astype(prompt.dtype))
+    flat = lambda x: x.reshape(num_prompts * num_samples, 1, *x.shape[2:])  # noqa: E731
+    return Trajectories(prompt.reshape(num_prompts * num_samples, -1), *(flat(leaf) for leaf in batch[1:]))
+
+
+def decision_transformer(
+    *,
+    optimizer: optax.GradientTransformation,
+    edges: jax.Array,
+    first_token: int,
+    return_prior: ReturnPrior = tilted_returns,
+) -> Algorithm:
+    """Return-conditioned imitation (Chen et al. 2021, arXiv 2106.01345; Kumar et al. 2019, arXiv 1912.13465).
+
+    Hindsight relabelling: every sample of p0 is evidence for its own return. Fixed point of the conditional model: p0(y | R). The deployed policy is
+    the mixture over return tokens under the return prior, one policy with an exact log-probability.
+
+    Args:
+      optimizer: for the policy.
+      edges: ascending boundaries between return tokens; token i covers ``edges[i-1] <= r < edges[i]``; [R - 1].
+      first_token: id of return token 0; the network must embed ids up to ``first_token + R - 1``.
+      return_prior: ``tilted_returns``, ``greatest_return`` or ``top_quantile(fraction)``.
+
+    Returns:
+      Algorithm.
+    """
+    size = edges.shape[0] + 1
+    tokens = first_token + jnp.arange(size)
+
+    def loss(scored, evidence, extra):
+        weight = jnp.ones_like(scored.reward)
+        return objectives.weighted_likelihood(scored.sequence_log_q, weight), weight
+
+    def count(counts: ReturnCounts, state: State, scored: Scored, batch: Trajectories) -> ReturnCounts:
+        label = jax.nn.one_hot(jnp.searchsorted(edges, batch.reward, side="right"), size, axis=-1)
+        evidence = jnp.where(label > 0, scored.log_evidence[..., None], -jnp.inf).reshape(-1, size)
+        fresh = jax.nn.logsumexp(evidence, axis=0).astype(counts.log_evidence.dtype)
+        return ReturnCounts(
+            counts.count + label.sum((0, 1)).astype(counts.count.dtype), jnp.logaddexp(counts.log_evidence, fresh)
+        )
+
+    def empty(policy: Policy) -> ReturnCounts:
+        dtype = jnp.result_type(float)
+        return ReturnCounts(jnp.zeros(size, dtype), jnp.full(size, -jnp.inf, dtype))
+
+    def deploy(state: State, posterior: Posterior) -> Policy:
+        return mixture(state.policy, tokens, return_prior(state.extra, posterior.evidence))
+
+    return gradient_algorithm(
+        loss,
+        optimizer=optimizer,
+        behaviour=base_policy,
+        deploy=deploy,
+        prepare=lambda batch: _relabel(batch, edges, first_token),
+        extra=Extra(empty, count),
+    )

@@ -1,0 +1,197 @@
+"""Note 1, first half: the posterior, its envelope, twists and path consistency."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from kl_rl import dynamic, exact, objectives
+from kl_rl.advantages import terminal_twist
+from kl_rl.posterior import Threshold, Tilt
+
+
+@pytest.mark.theorem("T1.1")
+def test_variational_formula_and_its_gap(tiny):
+    """E_q r - beta KL(q||p0) = beta log Z - beta KL(q||p*), whatever q."""
+    evidence = Tilt(tiny.beta).log_evidence(tiny.reward)
+    log_z = exact.log_partition(tiny.log_base, evidence)
+    for seed in range(5):
+        log_q = jax.nn.log_softmax(jax.random.normal(jax.random.key(seed), tiny.reward.shape))
+        kept = exact.expectation(log_q, tiny.reward) - tiny.beta * exact.kl_divergence(log_q, tiny.log_base)
+        gap = tiny.beta * exact.kl_divergence(log_q, exact.log_posterior(tiny.log_base, evidence))
+        assert_allclose(kept, tiny.beta * log_z - gap, rtol=1e-11)
+        assert gap > 0
+
+
+@pytest.mark.theorem("T1.1")
+@pytest.mark.parametrize("evidence", [Tilt(0.7), Threshold(1.0)])
+def test_the_posterior_attains_log_z(tiny, evidence):
+    log_l = evidence.log_evidence(tiny.reward)
+    log_p = exact.log_posterior(tiny.log_base, log_l)
+    attained = exact.expectation(log_p, log_l) - exact.kl_divergence(log_p, tiny.log_base)
+    assert_allclose(attained, exact.log_partition(tiny.log_base, log_l), rtol=1e-11)
+    assert_allclose(
+        jnp.exp(log_p), jnp.exp(tiny.log_base + log_l) / jnp.sum(jnp.exp(tiny.log_base + log_l)), rtol=1e-11
+    )
+
+
+@pytest.mark.theorem("C1.1")
+def test_hard_evidence_makes_reverse_kl_infinite_and_forward_kl_finite(tiny):
+    log_l = Threshold(1.0).log_evidence(tiny.reward)
+    log_p = exact.log_posterior(tiny.log_base, log_l)
+    assert exact.kl_divergence(tiny.log_q, log_p) == jnp.inf
+    assert jnp.isfinite(exact.kl_divergence(log_p, tiny.log_q))
+
+
+def cumulant(tiny, scale):
+    return exact.log_partition(tiny.log_base, scale * tiny.reward)
+
+
+@pytest.mark.theorem("T1.2")
+@pytest.mark.parametrize("scale", [-1.3, 0.0, 0.4, 2.5])
+def test_derivatives_of_the_cumulant_are_moments_of_the_tilt(tiny, scale):
+    log_p = exact.log_posterior(tiny.log_base, scale * tiny.reward)
+    mean = exact.expectation(log_p, tiny.reward)
+    variance = exact.expectation(log_p, (tiny.reward - mean) ** 2)
+    slope = jax.grad(lambda s: cumulant(tiny, s))
+    assert_allclose(slope(scale), mean, rtol=1e-11, atol=1e-13)
+    assert_allclose(jax.grad(slope)(scale), variance, rtol=1e-10)
+    step = 1e-4  # central differences: error of order step^2
+    numerical = (cumulant(tiny, scale + step) - cumulant(tiny, scale - step)) / (2 * step)
+    assert_allclose(numerical, mean, atol=20 * step**2)
+
+
+@pytest.mark.theorem("T1.2")
+def test_kl_of_the_tilt_three_ways(tiny):
+    """KL(p*||p0) = lambda Lambda' - Lambda = integral of t Lambda''(t) = - d(beta log Z)/d beta."""
+    scale = 1.0 / tiny.beta
+    kl = exact.kl_divergence(tiny.log_posterior, tiny.log_base)
+    slope = jax.grad(lambda s: cumulant(tiny, s))
+    assert_allclose(scale * slope(scale) - cumulant(tiny, scale), kl, rtol=1e-10)
+    nodes, weight = np.polynomial.legendre.leggauss(24)
+    times = jnp.asarray(scale / 2 * (nodes + 1))
+    curvature = jax.vmap(jax.grad(slope))(times)
+    assert_allclose(jnp.sum(jnp.asarray(weight) * scale / 2 * times * curvature), kl, rtol=1e-10)
+    assert_allclose(jax.grad(lambda beta: beta * cumulant(tiny, 1 / beta))(tiny.beta), -kl, rtol=1e-10)
+
+
+@pytest.mark.theorem("T1.2")
+def test_moments_by_dynamic_programming(tiny):
+    moments = dynamic.posterior_moments(
+        tiny.process, tiny.automaton, tiny.prompt, tiny.horizon, tiny.beta, tiny.end
+    )
+    mean = exact.expectation(tiny.log_posterior, tiny.reward)
+    assert_allclose(moments.log_z, exact.log_partition(tiny.log_base, tiny.log_evidence), rtol=1e-10)
+    assert_allclose(moments.reward_mean, mean, rtol=1e-10)
+    variance = exact.expectation(tiny.log_posterior, (tiny.reward - mean) ** 2)
+    assert_allclose(moments.reward_variance, variance, rtol=1e-9)
+    assert_allclose(moments.kl, exact.kl_divergence(tiny.log_posterior, tiny.log_base), rtol=1e-9)
+
+
+def optimal_twist(tiny, prefixes):
+    """log psi_t at every prefix, from its definition E_{p0}[l | prefix]; [N, T + 1], and p0, p0 l of prefixes."""
+    base, base_child = prefixes(tiny, tiny.log_base)
+    weighted, weighted_child = prefixes(tiny, tiny.log_base + tiny.log_evidence)
+    before_end = np.pad(np.log(weighted / base), ((0, 0), (0, 1)))
+    twist = terminal_twist(jnp.asarray(before_end), tiny.log_evidence, tiny.strings.mask)
+    return np.asarray(twist), (base, base_child), weighted_child
+
+
+@pytest.mark.theorem("T1.3")
+def test_soft_bellman_recursion_and_posterior_tokens(tiny, prefixes):
+    twist, (base, base_child), weighted_child = optimal_twist(tiny, prefixes)
+    live = np.asarray(tiny.strings.mask) > 0
+    p0 = base_child / base[..., None]  # p0(v | prefix)
+    child_twist = np.where(base_child > 0, weighted_child / np.where(base_child > 0, base_child, 1.0), 0.0)
+    recursion = np.log(np.sum(p0 * child_twist, axis=-1))
+    assert_allclose(recursion[live], twist[:, :-1][live], rtol=1e-11, atol=1e-13)
+    star, star_child = prefixes(tiny, tiny.log_posterior)
+    by_twist = p0 * child_twist / np.exp(twist[:, :-1])[..., None]
+    assert_allclose(by_twist[live], (star_child / star[..., None])[live], rtol=1e-11, atol=1e-15)
+    assert_allclose(twist[:, 0], exact.log_partition(tiny.log_base, tiny.log_evidence), rtol=1e-11)
+
+
+@pytest.mark.theorem("T1.3")
+def test_twists_by_dynamic_programming(tiny, prefixes):
+    """The library's backward messages start at log Z, and its twisted policy is p*."""
+    twist, _, _ = optimal_twist(tiny, prefixes)
+    problem = (tiny.process, tiny.automaton)
+    messages = dynamic.log_twists(*problem, tiny.horizon, tiny.beta, tiny.end)
+    first = np.exp(tiny.process.log_initial) @ np.exp(messages[0, :, 0])
+    assert_allclose(np.log(first), twist[0, 0], rtol=1e-10)
+    log_z = dynamic.log_partition(*problem, tiny.prompt, tiny.horizon, tiny.beta, tiny.end)
+    assert_allclose(log_z, twist[0, 0], rtol=1e-10)
+    policy = dynamic.posterior_policy(*problem, tiny.horizon, tiny.beta, tiny.end)
+    log_q = jax.jit(exact.log_prob)(policy, tiny.prompt, tiny.strings)
+    assert_allclose(log_q, tiny.log_posterior, rtol=1e-9, atol=1e-12)
+
+
+def token_log_ratio(tiny, log_q, prefixes):
+    """log q - log p0 of the token at each position of each string; [N, T]."""
+
+    def tokens(log_p):
+        prefix, child = prefixes(tiny, log_p)
+        chosen = np.take_along_axis(child, np.asarray(tiny.strings.tokens)[..., None], axis=-1)[..., 0]
+        return np.log(chosen / prefix)
+
+    return jnp.asarray(np.where(tiny.strings.mask > 0, tokens(log_q) - tokens(tiny.log_base), 0.0))
+
+
+@pytest.mark.theorem("T1.4")
+def test_all_residual_losses_vanish_string_by_string_at_the_posterior(tiny, prefixes):
+    twist, _, _ = optimal_twist(tiny, prefixes)
+    ratio = token_log_ratio(tiny, tiny.log_posterior, prefixes)
+    mask, log_l = tiny.strings.mask, tiny.log_evidence
+
+    @jax.jit
+    def losses(ratio, twist):
+        rows = [objectives.subtrajectory_balance(ratio, twist, mask, decay=d) for d in (0.1, 3.0)]
+        rows += [objectives.path_consistency(ratio, twist, mask, window=w) for w in (1, 2, 3)]
+        rows.append(objectives.trajectory_balance(jnp.sum(ratio, -1) - log_l, twist[:, 0]))
+        return jnp.stack(rows)
+
+    assert_allclose(losses(ratio, jnp.asarray(twist)), np.zeros((6, len(tiny.reward))), atol=1e-25)
+    assert jnp.min(jnp.max(losses(0.9 * ratio, jnp.asarray(twist)), axis=1)) > 1e-4
+
+
+@pytest.mark.theorem("T1.4")
+@pytest.mark.parametrize("seed", range(2))
+def test_single_step_residuals_have_no_other_zero(smallest, prefixes, seed):
+    """Gauss-Newton from random (q, twist) on all one-step residuals ends at p* and the optimal twist only."""
+    twist, _, _ = optimal_twist(smallest, prefixes)
+    strings, log_base = smallest.strings, smallest.log_base
+    base, base_child = prefixes(smallest, log_base)
+    log_p0 = jnp.log(jnp.take_along_axis(base_child, strings.tokens[..., None], -1)[..., 0] / base)
+    codes = [np.unique(np.asarray(strings.tokens[:, :t]), axis=0, return_inverse=True)[1].ravel() for t in range(3)]
+    row = jnp.asarray(np.stack([codes[t] + 2**t - 1 for t in range(3)], axis=1))  # 7 prefixes; [8, 3]
+
+    def residuals(x):
+        logits, log_twist = x[:14].reshape(7, 2), x[14:]
+        log_q = jnp.take_along_axis(jax.nn.log_softmax(logits)[row], strings.tokens[..., None], -1)[..., 0]
+        inner = jnp.concatenate([log_twist[row], jnp.zeros((8, 1))], axis=1)
+        value = terminal_twist(inner, smallest.log_evidence, strings.mask)
+        return (value[:, :-1] + log_q - log_p0 - value[:, 1:]).ravel()
+
+    def step(x, _):
+        value, slope = residuals(x), jax.jacobian(residuals)(x)
+        return x - jnp.linalg.lstsq(slope, value, rcond=1e-9)[0], None
+
+    start = jax.random.normal(jax.random.key(seed), (21,))
+    x = jax.jit(lambda s: jax.lax.scan(step, s, None, length=25)[0])(start)
+    assert jnp.max(jnp.abs(residuals(start))) > 0.1
+    assert_allclose(residuals(x), jnp.zeros(24), atol=1e-12)
+    assert_allclose(x[14:][row], twist[:, :3], rtol=1e-9, atol=1e-10)
+    log_q = jnp.take_along_axis(jax.nn.log_softmax(x[:14].reshape(7, 2))[row], strings.tokens[..., None], -1)
+    assert_allclose(jnp.sum(log_q[..., 0], axis=1), smallest.log_posterior, rtol=1e-9)
+
+
+@pytest.mark.theorem("C1.2")
+def test_without_the_boundary_value_every_policy_is_consistent(tiny, prefixes):
+    """The twist 'sum of log q - log p0 so far' makes all residuals of any q vanish: only l at the end forbids it."""
+    ratio = token_log_ratio(tiny, tiny.log_q, prefixes)
+    free = jnp.concatenate([jnp.zeros_like(ratio[:, :1]), jnp.cumsum(ratio, axis=-1)], axis=-1)
+    loss = objectives.subtrajectory_balance(ratio, free, tiny.strings.mask, decay=1.0)
+    assert_allclose(loss, jnp.zeros(len(loss)), atol=1e-25)
+    bound = terminal_twist(free, tiny.log_evidence, tiny.strings.mask)
+    assert jnp.max(objectives.subtrajectory_balance(ratio, bound, tiny.strings.mask, decay=1.0)) > 1e-3
