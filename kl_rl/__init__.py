@@ -1,7 +1,8 @@
 """kl_rl: fine-tuning as KL-regularized posterior inference, and what it does to a model.
 
-One idea: a base model and evidence define a posterior ``p*(y|x) = p0(y|x) l(y|x) / Z(x)``; every method fits a policy to it, or samples from it.
-Names below are imported on first use, so that ``import kl_rl`` stays cheap.
+One idea: a base model and evidence define a posterior ``p*(y|x) = p0(y|x) l(y|x) / Z(x)``; every method fits
+a policy to it, or samples from it. Names below are imported on first use, so that ``import kl_rl`` stays
+cheap.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ _HOME = {
     "Samples": "samples",
 }
 _MODULES = (
-    "advantages automaton budget calibration dynamic estimate exact families fit flows hidden_markov kl models numerics objectives "
+    "advantages automaton budget calibration dynamic estimate exact families fit flows hidden_markov "
+    "kl models numerics objectives "
     "policy posterior pretrain queries rollout samples sbc scores sources trajectories weights worlds"
 ).split()
 

@@ -11,7 +11,8 @@ __all__ = ["generalized_advantage", "group_normalized", "leave_one_out", "termin
 def leave_one_out(value: jax.Array) -> jax.Array:
     """Each sample's value minus the mean of the others (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740).
 
-    ``a_k = v_k - 1/(K-1) sum_{j != k} v_j = K/(K-1) (v_k - mean v)``: an unbiased baseline without parameters.
+    ``a_k = v_k - 1/(K-1) sum_{j != k} v_j = K/(K-1) (v_k - mean v)``: an unbiased baseline without
+    parameters.
 
     Args:
       value: K >= 2 samples of each prompt; [..., K].
@@ -28,7 +29,8 @@ def leave_one_out(value: jax.Array) -> jax.Array:
 def group_normalized(value: jax.Array, *, epsilon: float = 1e-6) -> jax.Array:
     """``(v_k - mean v) / (std v + epsilon)`` within each group (Shao et al. 2024, arXiv 2402.03300).
 
-    Divides the reward by its spread under the current policy, so the temperature becomes ``beta * std(r | x)``: different for each prompt.
+    Divides the reward by its spread under the current policy, so the temperature becomes ``beta * std(r |
+    x)``: different for each prompt.
 
     Args:
       value: [..., K].
@@ -52,7 +54,8 @@ def terminal_twist(log_twist: jax.Array, log_evidence: jax.Array, mask: jax.Arra
       mask: [..., T].
 
     Returns:
-      ``log_twist`` where at least one token is still to come, ``log_evidence`` from the end of the string on; [..., T + 1].
+      ``log_twist`` where at least one token is still to come, ``log_evidence`` from the end of the string on;
+      [..., T + 1].
     """
     alive = jnp.concatenate([mask, jnp.zeros_like(mask[..., :1])], axis=-1)
     return jnp.where(alive > 0, log_twist, log_evidence[..., None])
@@ -61,7 +64,8 @@ def terminal_twist(log_twist: jax.Array, log_evidence: jax.Array, mask: jax.Arra
 def generalized_advantage(reward: jax.Array, value: jax.Array, mask: jax.Array, *, decay: float) -> jax.Array:
     """GAE without discounting (Schulman et al. 2016, arXiv 1506.02438): ``A_t = sum_l decay^l delta_{t+l}``.
 
-    ``delta_t = reward_t + value_{t+1} - value_t``; decay 1 is Monte Carlo minus the value, 0 is one-step bootstrapping.
+    ``delta_t = reward_t + value_{t+1} - value_t``; decay 1 is Monte Carlo minus the value, 0 is one-step
+    bootstrapping.
 
     Args:
       reward: per-token reward in nats, terminal evidence not included (it is the last value); [..., T].

@@ -5,7 +5,8 @@
     step(state, posterior, batch)     -> State, Info
     deploy(state, posterior)          -> Policy      what the method has learned, as one policy
 
-``step`` does no sampling and a rollout does no learning, so replay, host-side rewards and logged data are ordinary.
+``step`` does no sampling and a rollout does no learning, so replay, host-side rewards and logged data are
+ordinary.
 """
 
 from __future__ import annotations
@@ -49,22 +50,22 @@ class Scored(NamedTuple):
 
     @property
     def sequence_log_q(self) -> jax.Array:
-        """log q(y); [P, K]."""
+        """Log q(y); [P, K]."""
         return jnp.sum(self.log_q, axis=-1)
 
     @property
     def log_ratio(self) -> jax.Array:
-        """l = log q(y) - log p0(y); [P, K]."""
+        """L = log q(y) - log p0(y); [P, K]."""
         return jnp.sum(self.log_q - self.log_base, axis=-1)
 
     @property
     def delta(self) -> jax.Array:
-        """log q(y) - log p0(y) - log l(y), equal to -log Z at q = p*; [P, K]."""
+        """Log q(y) - log p0(y) - log l(y), equal to -log Z at q = p*; [P, K]."""
         return self.log_ratio - self.log_evidence
 
     @property
     def log_importance(self) -> jax.Array:
-        """log p0(y) - log behaviour(y); [P, K]."""
+        """Log p0(y) - log behaviour(y); [P, K]."""
         return jnp.sum(self.log_base - self.log_behaviour, axis=-1)
 
 
@@ -110,7 +111,8 @@ class Extra(NamedTuple):
 
     Attributes:
       init: ``policy -> extra``.
-      update: ``(extra, state, scored, batch) -> extra``, before the gradient step; ``scored`` is under the current policy.
+      update: ``(extra, state, scored, batch) -> extra``, before the gradient step; ``scored`` is under the
+        current policy.
     """
 
     init: Callable[[Policy], Any]
@@ -140,7 +142,9 @@ def _scored(policy: Policy, twist: Policy | None, posterior: Posterior, batch: T
     if twist is not None:
         prompt = jnp.broadcast_to(batch.prompt[:, None], (*batch.tokens.shape[:2], batch.prompt.shape[-1]))
         log_twist = advantages.terminal_twist(twist.logits(prompt, batch.tokens), log_evidence, batch.mask)
-    log_behaviour = numerics.multiply_no_nan(batch.log_behaviour, batch.action_mask.astype(batch.log_behaviour.dtype))
+    log_behaviour = numerics.multiply_no_nan(
+        batch.log_behaviour, batch.action_mask.astype(batch.log_behaviour.dtype)
+    )
     return Scored(
         log_q=score(policy, batch),
         log_base=jax.lax.stop_gradient(score(posterior.base, batch)),
@@ -169,8 +173,8 @@ def gradient_algorithm(
     """Assemble a method from a loss and where its samples come from.
 
     Args:
-      loss: ``(scored, evidence, extra) -> (losses [P, K] or [P], weights [P, K])``; the mean of the losses is minimized, the
-        weights only feed ``Info.ess``.
+      loss: ``(scored, evidence, extra) -> (losses [P, K] or [P], weights [P, K])``; the mean of the losses is
+        minimized, the weights only feed ``Info.ess``.
       optimizer: for the policy's parameters.
       behaviour: who draws the samples.
       deploy: the learned policy.
@@ -211,7 +215,9 @@ def gradient_algorithm(
         (value, (scored, weight)), grads = jax.value_and_grad(objective, has_aux=True)(params)
         optimizers, updated = {}, {}
         for name in params:
-            updates, optimizers[name] = transforms[name].update(grads[name], state.optimizer[name], params[name])
+            updates, optimizers[name] = transforms[name].update(
+                grads[name], state.optimizer[name], params[name]
+            )
             updated[name] = optax.apply_updates(params[name], updates)
         info = Info(
             loss=value,
@@ -227,7 +233,8 @@ def gradient_algorithm(
     def step(state: State, posterior: Posterior, batch: Trajectories) -> tuple[State, Info]:
         if soft_evidence and posterior.evidence.hard:
             raise ValueError(
-                f"hard evidence ({type(posterior.evidence).__name__}) has zero-probability strings: reverse KL and squared residuals are "
+                f"hard evidence ({type(posterior.evidence).__name__}) has zero-probability strings: "
+                "reverse KL and squared residuals are "
                 "infinite there; use a filtered-imitation method, or soft evidence (Tilt)"
             )
         batch = prepare(batch)

@@ -24,7 +24,9 @@ class Automaton(NamedTuple):
     weight: jax.Array
 
 
-def run(automaton: Automaton, state: jax.Array, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def run(
+    automaton: Automaton, state: jax.Array, tokens: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Follow tokens from a state: final state and accumulated weight; masked tokens are skipped.
 
     Args:
@@ -50,7 +52,9 @@ def run(automaton: Automaton, state: jax.Array, tokens: jax.Array, mask: jax.Arr
     return state, score
 
 
-def automaton_reward(automaton: Automaton, prompt: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+def automaton_reward(
+    automaton: Automaton, prompt: jax.Array, tokens: jax.Array, mask: jax.Array
+) -> jax.Array:
     """Score of completions. The prompt (ids below V only) moves the state; its own weights are not counted.
 
     Args:

@@ -4,8 +4,8 @@
     S = KL(q(r) || p*_{lambda_mu}(r))               shape of the reward marginal
     C = E_{r~q} KL(q(y|r) || p0(y|r))               calibration loss
 
-with Lambda(lambda) = log E_{p0} e^{lambda r}. C is zero exactly when q is p0 times some function of the reward (T2.3).
-Everything is in nats and works on the enumerated strings of one prompt.
+with Lambda(lambda) = log E_{p0} e^{lambda r}. C is zero exactly when q is p0 times some function of the
+reward (T2.3). Everything is in nats and works on the enumerated strings of one prompt.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Budget(NamedTuple):
       kl_q_pstar: KL(q || p*_beta).
       kl_pstar_q: KL(p*_beta || q).
       entropy: H(q).
-      entropy_gap: H(p*_{lambda_mu}) - H(q), positive when q is less diverse than the posterior of equal reward.
+      entropy_gap: H(p*_{lambda_mu}) - H(q), positive when q is less diverse than the posterior of equal
+        reward.
       log_z: log E_{p0} e^{r / beta}.
     """
 
@@ -113,15 +114,22 @@ def conditional_kl(log_q: jax.Array, log_p: jax.Array, levels: Levels) -> jax.Ar
 
 
 def conditional_js(log_q: jax.Array, log_p: jax.Array, levels: Levels) -> jax.Array:
-    """``E_{r ~ (q+p)/2} JS(q(y|r), p(y|r))``, between 0 and log 2, in nats; levels without mass on one side count as log 2.
+    """``E_{r ~ (q+p)/2} JS(q(y|r), p(y|r))``, between 0 and log 2, in nats.
 
-    Where only one of the two has mass at a level its conditional is compared with nothing; the supports are disjoint there.
+    Levels without mass on one side count as log 2.
+
+    Where only one of the two has mass at a level its conditional is compared with nothing; the supports are
+    disjoint there.
     """
     level_q, level_p = level_log_prob(log_q, levels), level_log_prob(log_p, levels)
-    within = lambda law, level: jnp.where(jnp.isfinite(level[levels.index]), law - level[levels.index], -jnp.inf)  # noqa: E731
+    within = lambda law, level: jnp.where(
+        jnp.isfinite(level[levels.index]), law - level[levels.index], -jnp.inf
+    )
     a, b = within(log_q, level_q), within(log_p, level_p)
     middle = jnp.logaddexp(a, b) - jnp.log(2.0)
-    terms = 0.5 * (numerics.xlogy_difference(jnp.exp(a), a, middle) + numerics.xlogy_difference(jnp.exp(b), b, middle))
+    terms = 0.5 * (
+        numerics.xlogy_difference(jnp.exp(a), a, middle) + numerics.xlogy_difference(jnp.exp(b), b, middle)
+    )
     weight = 0.5 * (jnp.exp(level_q) + jnp.exp(level_p))
     return jnp.sum(terms * weight[levels.index])
 
@@ -139,7 +147,9 @@ def undo_reward(log_q: jax.Array, log_base: jax.Array, levels: Levels) -> jax.Ar
     return numerics.safe_log_softmax(log_q + shift[levels.index])
 
 
-def budget(log_q: jax.Array, log_base: jax.Array, reward: jax.Array, levels: Levels, beta: jax.Array) -> Budget:
+def budget(
+    log_q: jax.Array, log_base: jax.Array, reward: jax.Array, levels: Levels, beta: jax.Array
+) -> Budget:
     """All exact measurements of one policy.
 
     Args:

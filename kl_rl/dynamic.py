@@ -127,7 +127,7 @@ def posterior_moments(
         return log_evidence(backward(process, graph, horizon).twist[0], belief, state)
 
     scale = jnp.asarray(1.0 / beta, automaton.weight.dtype)
-    slope = lambda x: jax.jvp(cumulant, (x,), (jnp.ones_like(x),))  # noqa: E731
+    slope = lambda x: jax.jvp(cumulant, (x,), (jnp.ones_like(x),))
     (log_z, mean), (_, variance) = jax.jvp(slope, (scale,), (jnp.ones_like(scale),))
     return Moments(log_z, mean, variance, scale * mean - log_z)
 
@@ -178,7 +178,7 @@ def path_entropy(
         graph = tilted_graph(automaton, 1.0 / beta, end)
         return log_evidence(backward(process, graph, horizon).twist[0], belief, state)
 
-    finite = lambda x: jnp.where(jnp.isfinite(x), x, 0.0)  # noqa: E731
+    finite = lambda x: jnp.where(jnp.isfinite(x), x, 0.0)
     log_z, log_path = jax.jvp(evidence, (belief, process), jax.tree.map(finite, (belief, process)))
     mean = posterior_moments(process, automaton, prompt, horizon, beta, end).reward_mean
     return log_z - mean / beta - log_path
@@ -225,7 +225,7 @@ def token_marginals(
     """`p*(y_t = v)` for tokens inside the mask: the derivative of log Z in evidence on y_t; [..., T, V]."""
     belief, state = start(process, automaton, prompt)
     graph = tilted_graph(automaton, 1.0 / beta, end)
-    evidence = lambda bias: log_evidence(backward(process, graph, horizon, bias).twist[0], belief, state)  # noqa: E731
+    evidence = lambda bias: log_evidence(backward(process, graph, horizon, bias).twist[0], belief, state)
     return jax.jacrev(evidence)(jnp.zeros((horizon, automaton.next.shape[1]), automaton.weight.dtype))
 
 
@@ -243,5 +243,5 @@ def token_marginals_given_reward(
     belief, state = start(process, automaton, prompt)
     graph = counting_graph(automaton, lattice, end)
     state = state * lattice.values.shape[0] + level
-    evidence = lambda bias: log_evidence(backward(process, graph, horizon, bias).twist[0], belief, state)  # noqa: E731
+    evidence = lambda bias: log_evidence(backward(process, graph, horizon, bias).twist[0], belief, state)
     return jax.jacrev(evidence)(jnp.zeros((horizon, automaton.next.shape[1]), automaton.weight.dtype))

@@ -107,7 +107,7 @@ def counting_graph(automaton: Automaton, lattice: Lattice, end: int | None) -> G
     steps = jnp.pad(jnp.asarray(lattice.steps), ((0, extra), (0, 0)))
     left = owed[None, :, None] - steps[:, None, :]  # [Q, K, V]
     flat = following[:, None, :] * size + jnp.clip(left, 0, size - 1)
-    log_indicator = lambda x: jnp.where(x, 0.0, -jnp.inf).astype(automaton.weight.dtype)  # noqa: E731
+    log_indicator = lambda x: jnp.where(x, 0.0, -jnp.inf).astype(automaton.weight.dtype)
     weight = log_indicator((left >= 0) & (left < size))
     final = log_indicator(jnp.tile(owed == lattice.zero, states))
     live = jnp.repeat(jnp.arange(states) < states - extra, size)

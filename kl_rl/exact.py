@@ -1,10 +1,13 @@
-"""Truth by enumeration: every string of a small world, its exact probability under any policy, and exact expectations."""
+"""Truth by enumeration: every string of a small world, its exact probability under any policy.
+
+And exact expectations.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +51,8 @@ class Enumeration(NamedTuple):
 class Levels(NamedTuple):
     """Distinct values of a reward over enumerated strings: `value[index[i]]` is the reward of string i."""
 
-    value: jax.Array  # [G], ascending
-    index: jax.Array  # [N]
+    value: Any  # [G], ascending; jax or numpy
+    index: Any  # [N]
 
 
 def enumerate_strings(
@@ -88,13 +91,15 @@ def enumerate_strings(
     parent = np.searchsorted(heads @ code, tokens[:, :-1] @ code)
     padded = np.concatenate([heads, np.zeros((len(heads), 1), int)], axis=1)
     head_mask = completion_mask(jnp.asarray(heads), end) if horizon > 1 else jnp.zeros(heads.shape)
-    as_ids = lambda x: jnp.asarray(x, jnp.int32)  # noqa: E731
+    as_ids = lambda x: jnp.asarray(x, jnp.int32)
     return Enumeration(
         as_ids(tokens), completion_mask(as_ids(tokens), end), as_ids(padded), head_mask, as_ids(parent)
     )
 
 
-def log_prob(policy: Policy, prompt: jax.Array, strings: Enumeration, *, batch_size: int | None = None) -> jax.Array:
+def log_prob(
+    policy: Policy, prompt: jax.Array, strings: Enumeration, *, batch_size: int | None = None
+) -> jax.Array:
     """``log q(y | x)`` of every string, in nats, exact up to rounding.
 
     Args:
@@ -117,7 +122,11 @@ def log_prob(policy: Policy, prompt: jax.Array, strings: Enumeration, *, batch_s
     if batch_size is None or batch_size >= strings.prefixes.shape[0]:
         chosen, last = forward(strings.prefixes)
     else:
-        chosen, last = jax.lax.map(lambda row: jax.tree.map(lambda x: x[0], forward(row[None])), strings.prefixes, batch_size=batch_size)
+        chosen, last = jax.lax.map(
+            lambda row: jax.tree.map(lambda x: x[0], forward(row[None])),
+            strings.prefixes,
+            batch_size=batch_size,
+        )
     head = numerics.masked_sum(chosen, strings.prefix_mask)
     final = last[strings.parent, strings.tokens[:, -1]]
     return head[strings.parent] + numerics.multiply_no_nan(final, strings.mask[:, -1].astype(final.dtype))

@@ -1,6 +1,7 @@
 """Reference flows: exact policy gradient over the full table of strings, vanilla and natural, without sampling noise.
 
-The natural flow from p0 is the tilt at ``lambda = t`` (T2.6), so stopping it early is exact inference at beta = 1/t; the vanilla flow is not.
+The natural flow from p0 is the tilt at ``lambda = t`` (T2.6), so stopping it early is exact inference at beta
+= 1/t; the vanilla flow is not.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ def natural_gradient_flow(log_base: jax.Array, reward: jax.Array, times: jax.Arr
 
 
 def vanilla_gradient_flow(
-    log_base: jax.Array, reward: jax.Array, *, step_size: float, num_steps: int, inverse_kl_weight: jax.Array | float = jnp.inf
+    log_base: jax.Array,
+    reward: jax.Array,
+    *,
+    step_size: float,
+    num_steps: int,
+    inverse_kl_weight: jax.Array | float = jnp.inf,
 ) -> jax.Array:
     """Softmax policy gradient on string logits: ``d theta_y / dt = q_y (A_y - E_q A)``, classical Runge-Kutta.
 

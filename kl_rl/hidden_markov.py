@@ -26,7 +26,7 @@ class HiddenMarkov(NamedTuple):
 
 def _predict(process: HiddenMarkov, log_belief: jax.Array) -> jax.Array:
     """Next-token log-probabilities from a predictive belief over states; [..., S] -> [..., V]."""
-    single = lambda belief: jax.nn.logsumexp(belief[:, None] + process.log_emission, axis=0)  # noqa: E731
+    single = lambda belief: jax.nn.logsumexp(belief[:, None] + process.log_emission, axis=0)
     return jnp.vectorize(single, signature="(s)->(v)")(log_belief)
 
 
@@ -45,14 +45,14 @@ def _advance(process: HiddenMarkov, log_belief: jax.Array, token: jax.Array) -> 
 def belief_after(process: HiddenMarkov, prompt: jax.Array) -> jax.Array:
     """Predictive log-belief over the next hidden state after a prompt; [..., L] -> [..., S]."""
     start = jnp.broadcast_to(process.log_initial, (*prompt.shape[:-1], process.log_initial.shape[0]))
-    step = lambda belief, token: (_advance(process, belief, token), None)  # noqa: E731
+    step = lambda belief, token: (_advance(process, belief, token), None)
     return jax.lax.scan(step, start, jnp.moveaxis(prompt, -1, 0))[0]
 
 
 def _apply(process: HiddenMarkov, prompt: jax.Array, tokens: jax.Array) -> jax.Array:
     batch = jnp.broadcast_shapes(prompt.shape[:-1], tokens.shape[:-1])
     belief = belief_after(process, jnp.broadcast_to(prompt, (*batch, prompt.shape[-1])))
-    step = lambda belief, token: (_advance(process, belief, token), _predict(process, belief))  # noqa: E731
+    step = lambda belief, token: (_advance(process, belief, token), _predict(process, belief))
     tokens = jnp.broadcast_to(tokens, (*batch, tokens.shape[-1]))
     logits = jax.lax.scan(step, belief, jnp.moveaxis(tokens, -1, 0))[1]
     return jnp.moveaxis(logits, 0, -2)

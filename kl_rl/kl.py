@@ -1,7 +1,8 @@
 """Estimators of KL(q || p0) from samples of q, as values; what each does inside a loss is stated with it.
 
-With ``d = log p0 - log q``: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d (Schulman 2020). Expected gradients, on-policy, when the
-estimator is used *as a loss* on sequence-level samples: k1 gives 0, k2 gives grad KL(q||p0), k3 gives grad KL(p0||q), the *forward* KL.
+With ``d = log p0 - log q``: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d (Schulman 2020). Expected gradients,
+on-policy, when the estimator is used *as a loss* on sequence-level samples: k1 gives 0, k2 gives grad
+KL(q||p0), k3 gives grad KL(p0||q), the *forward* KL.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ def k2(log_q: jax.Array, log_p: jax.Array) -> jax.Array:
 
 
 def k3(log_q: jax.Array, log_p: jax.Array) -> jax.Array:
-    """``expm1(d) - d``, ``d = log p - log q``: unbiased and nonnegative, also in float32; as a loss it follows KL(p||q).
+    """``expm1(d) - d``, ``d = log p - log q``: unbiased and nonnegative, also in float32.
 
-    Below ``|d| = 1e-3`` the difference loses digits, and ``d^2/2 (1 + d/3)`` is used (relative error below 1e-7). Nats; [...].
+    As a loss it follows KL(p||q).
+
+    Below ``|d| = 1e-3`` the difference loses digits, and ``d^2/2 (1 + d/3)`` is used (relative error below
+    1e-7). Nats; [...].
     """
     d = log_p - log_q
     small = jnp.abs(d) < 1e-3
@@ -39,8 +43,8 @@ def k3(log_q: jax.Array, log_p: jax.Array) -> jax.Array:
 def exact_token_kl(logits_q: jax.Array, logits_p: jax.Array) -> jax.Array:
     """``sum_v q(v) (log q(v) - log p(v))`` over the whole vocabulary, in nats.
 
-    Summed over the prefixes that q visits it is the Rao-Blackwellized estimator of the sequence KL: unbiased, with variance never larger than
-    that of k1 (Amini et al. 2025, arXiv 2504.10637).
+    Summed over the prefixes that q visits it is the Rao-Blackwellized estimator of the sequence KL: unbiased,
+    with variance never larger than that of k1 (Amini et al. 2025, arXiv 2504.10637).
 
     Args:
       logits_q: [..., V].

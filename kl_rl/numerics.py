@@ -1,7 +1,7 @@
 """Zero-probability care in one place: sums, products and normalizations that survive -inf and empty masks.
 
-Units: log-quantities are in nats. Shape letters everywhere in the library: P prompts, K samples per prompt, T tokens,
-V vocabulary, L prompt length, N strings of an enumerated world, R return tokens.
+Units: log-quantities are in nats. Shape letters everywhere in the library: P prompts, K samples per prompt, T
+tokens, V vocabulary, L prompt length, N strings of an enumerated world, R return tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Objectives: pure functions from log-probabilities to unreduced losses. No policy, no sampling, no strings.
 
-Sequence-level arguments are masked sums over tokens, [P, K]; ``delta = log q - log p0 - log l`` is the log of the policy over the unnormalized
-posterior, constant (equal to -log Z) exactly at q = p*. Losses are minimized and in nats, or nats squared.
+Sequence-level arguments are masked sums over tokens, [P, K]; ``delta = log q - log p0 - log l`` is the log of
+the policy over the unnormalized posterior, constant (equal to -log Z) exactly at q = p*. Losses are minimized
+and in nats, or nats squared.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ stop = jax.lax.stop_gradient
 def score_function(log_q: jax.Array, advantage: jax.Array) -> jax.Array:
     """``-A_k log q(y_k)`` with A held fixed: REINFORCE (Williams 1992).
 
-    On-policy with ``A = leave_one_out(log l - (log q - log p0))`` the expected gradient is that of KL(q || p*) (T1.5).
+    On-policy with ``A = leave_one_out(log l - (log q - log p0))`` the expected gradient is that of KL(q ||
+    p*) (T1.5).
 
     Args:
       log_q: [P, K].
@@ -48,7 +50,8 @@ def clipped_surrogate(
 ) -> jax.Array:
     """PPO (Schulman et al. 2017, arXiv 1707.06347): ``-min(u_t A_t, clip(u_t, 1-c, 1+c) A_t)``, summed over tokens.
 
-    ``u_t = q / behaviour`` per token, from the log-probabilities recorded at sampling. At u = 1 its gradient is that of the score function.
+    ``u_t = q / behaviour`` per token, from the log-probabilities recorded at sampling. At u = 1 its gradient
+    is that of the score function.
 
     Args:
       log_q: [P, K, T].
@@ -83,8 +86,8 @@ def weighted_likelihood(log_q: jax.Array, weight: jax.Array) -> jax.Array:
 def log_variance(delta: jax.Array) -> jax.Array:
     """``(1/2) K/(K-1) (delta_k - mean delta)^2``: half the sample variance of delta, split over samples.
 
-    Whatever the samples' law, the minimum 0 is reached at q = p*, sample by sample. On-policy its expected gradient equals that of KL(q || p*)
-    (Richter et al. 2020, arXiv 2010.10436).
+    Whatever the samples' law, the minimum 0 is reached at q = p*, sample by sample. On-policy its expected
+    gradient equals that of KL(q || p*) (Richter et al. 2020, arXiv 2010.10436).
 
     Args:
       delta: K >= 2; [P, K].
@@ -99,7 +102,8 @@ def log_variance(delta: jax.Array) -> jax.Array:
 def trajectory_balance(delta: jax.Array, log_z: jax.Array) -> jax.Array:
     """``(1/2) (log Z + delta)^2`` with a learned log Z (Malkin et al. 2022, arXiv 2201.13259).
 
-    On-policy with log Z held fixed the expected gradient is that of KL(q || p*) (Malkin et al. 2022, arXiv 2210.00580).
+    On-policy with log Z held fixed the expected gradient is that of KL(q || p*) (Malkin et al. 2022, arXiv
+    2210.00580).
 
     Args:
       delta: [P, K].
@@ -120,10 +124,12 @@ def _balance(log_ratio: jax.Array, log_twist: jax.Array) -> jax.Array:
 def subtrajectory_balance(
     log_ratio: jax.Array, log_twist: jax.Array, mask: jax.Array, *, decay: jax.Array | float
 ) -> jax.Array:
-    """``sum_{i<j} decay^{j-i} (1/2) Delta_ij^2 / sum_{i<j} decay^{j-i}``, sub-paths inside the string (Madan et al. 2023, arXiv 2209.12782).
+    """``sum_{i<j} decay^{j-i} (1/2) Delta_ij^2 / sum_{i<j} decay^{j-i}``, sub-paths inside the string (Madan et al.
 
-    ``Delta_ij = log_twist_i + sum_{i<=t<j} (log q - log p0)_t - log_twist_j``; decay 0 leaves the single steps (its limit), large
-    decay the whole trajectory.
+    2023, arXiv 2209.12782).
+
+    ``Delta_ij = log_twist_i + sum_{i<=t<j} (log q - log p0)_t - log_twist_j``; decay 0 leaves the single
+    steps (its limit), large decay the whole trajectory.
 
     Args:
       log_ratio: per-token log q - log p0, 0 behind the mask; [..., T].
@@ -143,7 +149,9 @@ def subtrajectory_balance(
     return numerics.masked_sum(0.5 * (u[..., i] - u[..., j]) ** 2, weight)
 
 
-def path_consistency(log_ratio: jax.Array, log_twist: jax.Array, mask: jax.Array, *, window: int) -> jax.Array:
+def path_consistency(
+    log_ratio: jax.Array, log_twist: jax.Array, mask: jax.Array, *, window: int
+) -> jax.Array:
     """Mean of ``(1/2) Delta_{t, t+window}^2`` over the string (Nachum et al. 2017, arXiv 1702.08892).
 
     Windows that reach over the end stop at the end, where the twist is the evidence.
@@ -165,8 +173,9 @@ def path_consistency(log_ratio: jax.Array, log_twist: jax.Array, mask: jax.Array
 def alpha_divergence(log_q: jax.Array, log_weight: jax.Array, *, alpha: jax.Array | float) -> jax.Array:
     """Score-function form of ``D_alpha(p* || q) = (sum p*^alpha q^(1-alpha) - 1) / (alpha (alpha - 1))``.
 
-    ``-grad D_alpha = (1/alpha) E_q[((p*/q)^alpha - 1) grad log q]``: alpha = 1 is imitation of p* (forward KL), alpha -> 0 reverse KL
-    (f-DPG: Go et al. 2023, arXiv 2302.08215; alpha-DPG: arXiv 2512.05962). A leave-one-out baseline is subtracted.
+    ``-grad D_alpha = (1/alpha) E_q[((p*/q)^alpha - 1) grad log q]``: alpha = 1 is imitation of p* (forward
+    KL), alpha -> 0 reverse KL (f-DPG: Go et al. 2023, arXiv 2302.08215; alpha-DPG: arXiv 2512.05962). A
+    leave-one-out baseline is subtracted.
 
     Args:
       log_q: on-policy samples; [P, K].
@@ -205,7 +214,9 @@ def direct_preference(log_ratio: jax.Array, chosen: jax.Array, *, beta: jax.Arra
 
 
 def identity_preference(log_ratio: jax.Array, chosen: jax.Array, *, beta: jax.Array | float) -> jax.Array:
-    """IPO (Azar et al. 2023, arXiv 2310.12036): ``(l_chosen - l_rejected - 1/(2 beta))^2``, sums over tokens, not means.
+    """IPO (Azar et al.
+
+    2023, arXiv 2310.12036): ``(l_chosen - l_rejected - 1/(2 beta))^2``, sums over tokens, not means.
 
     Population optimum with full coverage: q proportional to ``p0 exp(P(y beats a random sample) / beta)``.
 

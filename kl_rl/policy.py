@@ -1,7 +1,8 @@
 """Policies: parameters plus a static function from (prompt, tokens) to next-token logits.
 
-The library never looks inside a network. Parameters are a pytree and travel as arguments of ``jit``; the function
-is static and compared by value, so new weights or a new seed never recompile and no weights are baked into a program.
+The library never looks inside a network. Parameters are a pytree and travel as arguments of ``jit``; the
+function is static and compared by value, so new weights or a new seed never recompile and no weights are
+baked into a program.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Decoder(NamedTuple):
     """Incremental form of a policy: two static functions that must agree with ``apply``.
 
     Attributes:
-      init: ``(params, prompt [B, L], horizon) -> (logits [B, V], cache)``, logits of the first completion token.
+      init: ``(params, prompt [B, L], horizon) -> (logits [B, V], cache)``, logits of the first completion
+        token.
       step: ``(params, cache, token [B]) -> (logits [B, V], cache)``, logits of the token after ``token``.
     """
 
@@ -41,8 +43,8 @@ class Policy:
     Attributes:
       params: pytree of arrays.
       apply: static; ``apply(params, prompt [..., L], tokens [..., T]) -> logits [..., T, V]`` where row t may
-        depend on the prompt and on ``tokens[..., :t]`` only. Must be hashable and equal by value: a module-level
-        function or a frozen dataclass with ``__call__``, not a fresh lambda.
+        depend on the prompt and on ``tokens[..., :t]`` only. Must be hashable and equal by value: a
+        module-level function or a frozen dataclass with ``__call__``, not a fresh lambda.
       decoder: static; optional incremental form, used for sampling.
     """
 
@@ -110,8 +112,9 @@ def from_nnx(module: Any) -> Policy:
     """Cross once from flax.nnx: split a module into a static graph and a pytree of parameters.
 
     Args:
-      module: an ``nnx.Module`` with ``__call__(prompt [..., L], tokens [..., T]) -> logits [..., T, V]``; if it
-        also has ``prefill(prompt, horizon)`` and ``decode(cache, token)`` they become the policy's decoder.
+      module: an ``nnx.Module`` with ``__call__(prompt [..., L], tokens [..., T]) -> logits [..., T, V]``; if
+        it also has ``prefill(prompt, horizon)`` and ``decode(cache, token)`` they become the policy's
+        decoder.
 
     Returns:
       A Policy whose ``params`` are the module's state as a plain nested dict.
@@ -150,7 +153,8 @@ class _MixtureApply:
         component = jax.vmap(lambda p: self.inner(params.params, p, tokens))(prompts)
         log_probs = numerics.safe_log_softmax(component)  # [R, ..., T, V]
         chosen = jnp.take_along_axis(log_probs, tokens[None, ..., None].astype(jnp.int32), axis=-1)[..., 0]
-        past = jnp.cumsum(chosen, axis=-1) - chosen  # log q(y_<t | R)
+        before = jnp.concatenate([jnp.zeros_like(chosen[..., :1]), chosen[..., :-1]], axis=-1)
+        past = jnp.cumsum(before, axis=-1)  # log q(y_<t | R), -inf once R is excluded
         prior = params.log_prior.reshape((-1,) + (1,) * tokens.ndim)
         weight = numerics.safe_log_softmax(prior + past, axis=0)
         return jax.nn.logsumexp(weight[..., None] + log_probs, axis=0)
@@ -184,8 +188,9 @@ class _MixtureStep:
 def mixture(policy: Policy, first_token: jax.Array, log_prior: jax.Array) -> Policy:
     """One policy out of a conditional one and a prior over its conditions, with an exact log-probability.
 
-    ``q(y | x) = sum_R prior(R) q(y | R, x)``, where R replaces the first token of the prompt. As a sequence model its
-    next-token law is the R-average weighted by ``prior(R) q(y_<t | R)``, normalized (the posterior over R given the prefix).
+    ``q(y | x) = sum_R prior(R) q(y | R, x)``, where R replaces the first token of the prompt. As a sequence
+    model its next-token law is the R-average weighted by ``prior(R) q(y_<t | R)``, normalized (the posterior
+    over R given the prefix).
 
     Args:
       policy: conditional policy.

@@ -18,7 +18,10 @@ class Evidence(Protocol):
 
     @property
     def hard(self) -> bool:
-        """Whether the evidence can be zero, so that reverse KL to the posterior is infinite for full-support policies."""
+        """Whether the evidence can be zero.
+
+        So that reverse KL to the posterior is infinite for full-support policies.
+        """
         ...
 
     def log_evidence(self, reward: jax.Array) -> jax.Array:
@@ -42,7 +45,10 @@ class Tilt(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """Hard evidence ``l = 1[r >= tau]``: filtered imitation. Reverse KL to this posterior is infinite for full-support q."""
+    """Hard evidence ``l = 1[r >= tau]``: filtered imitation.
+
+    Reverse KL to this posterior is infinite for full-support q.
+    """
 
     tau: jax.Array | float
 

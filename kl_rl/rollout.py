@@ -17,8 +17,9 @@ RewardFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def _sample_with_decoder(policy: Policy, key: jax.Array, prompt: jax.Array, horizon: int):
-    assert policy.decoder is not None
-    logits, cache = policy.decoder.init(policy.params, prompt, horizon)
+    decoder = policy.decoder
+    assert decoder is not None
+    logits, cache = decoder.init(policy.params, prompt, horizon)
 
     def draw(logits, key):
         log_probs = numerics.safe_log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
@@ -28,7 +29,7 @@ def _sample_with_decoder(policy: Policy, key: jax.Array, prompt: jax.Array, hori
     def body(carry, key):
         logits, cache = carry
         token, log_prob = draw(logits, key)
-        return policy.decoder.step(policy.params, cache, token), (token, log_prob)
+        return decoder.step(policy.params, cache, token), (token, log_prob)
 
     keys = jax.random.split(key, horizon)
     (logits, _), (tokens, log_probs) = jax.lax.scan(body, (logits, cache), keys[:-1])
@@ -47,12 +48,20 @@ def _sample_with_apply(policy: Policy, key: jax.Array, prompt: jax.Array, horizo
         return tokens.at[:, t].set(token.astype(tokens.dtype)), log_probs.at[:, t].set(chosen)
 
     shape = (prompt.shape[0], horizon)
-    dtype = jnp.promote_types(jax.eval_shape(policy.logits, prompt, jnp.zeros(shape, jnp.int32)).dtype, jnp.float32)
+    dtype = jnp.promote_types(
+        jax.eval_shape(policy.logits, prompt, jnp.zeros(shape, jnp.int32)).dtype, jnp.float32
+    )
     return jax.lax.fori_loop(0, horizon, body, (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, dtype)))
 
 
 def sample(
-    policy: Policy, key: jax.Array, prompt: jax.Array, *, num_samples: int, horizon: int, end: int | None = None
+    policy: Policy,
+    key: jax.Array,
+    prompt: jax.Array,
+    *,
+    num_samples: int,
+    horizon: int,
+    end: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draw K completions for each prompt, and their log-probabilities, in one pass.
 
@@ -65,7 +74,8 @@ def sample(
       end: end token; what follows it is masked and set to ``end``.
 
     Returns:
-      tokens [P, K, T], mask [P, K, T], and the log-probability of each token in nats [P, K, T] (0 behind the mask).
+      tokens [P, K, T], mask [P, K, T], and the log-probability of each token in nats [P, K, T] (0 behind the
+      mask).
     """
     num_prompts = prompt.shape[0]
     flat = jnp.repeat(prompt, num_samples, axis=0)
@@ -95,8 +105,8 @@ def rollout(
       policy: who acts.
       key: PRNG key.
       prompt: [P, L].
-      reward_fn: ``(prompt [P, 1, L], tokens [P, K, T], mask [P, K, T]) -> reward [P, K]``; jittable here. For host-side rewards
-        call ``sample`` and fill in ``Trajectories.reward`` yourself.
+      reward_fn: ``(prompt [P, 1, L], tokens [P, K, T], mask [P, K, T]) -> reward [P, K]``; jittable here. For
+        host-side rewards call ``sample`` and fill in ``Trajectories.reward`` yourself.
       num_samples: K.
       horizon: T.
       end: optional end token.

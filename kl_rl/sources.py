@@ -1,6 +1,7 @@
 """Where batches come from: fresh samples, a logged data set, a replay buffer, comparisons. All jittable, none learns.
 
-A ``Source`` is a pair of functions, ``init(key, posterior) -> memory`` and ``draw(memory, key, behaviour) -> batch, memory``.
+A ``Source`` is a pair of functions, ``init(key, posterior) -> memory`` and ``draw(memory, key, behaviour) ->
+batch, memory``.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def fresh(
     """
 
     def draw(memory, key, behaviour):
-        return rollout(behaviour, key, prompt, reward_fn, num_samples=num_samples, horizon=horizon, end=end), memory
+        return rollout(
+            behaviour, key, prompt, reward_fn, num_samples=num_samples, horizon=horizon, end=end
+        ), memory
 
     return Source(lambda key, posterior: (), draw)
 
@@ -68,13 +71,13 @@ def logged(source: Source, *, size: int) -> Source:
         rounds = -(-size // batch.tokens.shape[1])
         keys = jax.random.split(key, rounds)
         parts = jax.lax.map(lambda k: source.draw((), k, posterior.base)[0], keys)
-        merge = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :size]  # noqa: E731
+        merge = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :size]
         return Trajectories(batch.prompt, *(merge(leaf) for leaf in parts[1:]))
 
     def draw(memory, key, behaviour):
         shape = jax.eval_shape(lambda k: source.draw((), k, behaviour)[0], key)
         index = jax.random.randint(key, shape.reward.shape, 0, memory.reward.shape[1])
-        pick = lambda x: jax.vmap(lambda rows, i: rows[i])(x, index)  # noqa: E731
+        pick = lambda x: jax.vmap(lambda rows, i: rows[i])(x, index)
         return _like(Trajectories(memory.prompt, *(pick(leaf) for leaf in memory[1:])), shape), memory
 
     return Source(init, draw)
@@ -106,7 +109,7 @@ def replay(source: Source, *, capacity: int, share: float = 0.5) -> Source:
         new, _ = source.draw((), fresh_key, behaviour)
         old, _ = filled.draw(memory.data, old_key, behaviour)
         take_old = jax.random.uniform(mix_key, new.reward.shape) < share
-        spread = lambda flag, x: flag.reshape(flag.shape + (1,) * (x.ndim - 2))  # noqa: E731
+        spread = lambda flag, x: flag.reshape(flag.shape + (1,) * (x.ndim - 2))
         mixed = [jnp.where(spread(take_old, a), b, a) for a, b in zip(new[1:], old[1:], strict=True)]
         slots = (memory.cursor + jnp.arange(new.reward.shape[1])) % capacity
         stored = [kept.at[:, slots].set(x) for kept, x in zip(memory.data[1:], new[1:], strict=True)]
@@ -117,7 +120,9 @@ def replay(source: Source, *, capacity: int, share: float = 0.5) -> Source:
 
 
 def comparisons(source: Source) -> Source:
-    """Bradley-Terry raters on top of any source: neighbouring samples are compared, ``P(a beats b) = sigmoid(r_a - r_b)``.
+    """Bradley-Terry raters on top of any source.
+
+    Neighbouring samples are compared, ``P(a beats b) = sigmoid(r_a - r_b)``.
 
     Args:
       source: with an even number of samples per prompt.

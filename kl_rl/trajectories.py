@@ -89,5 +89,7 @@ def pairs(batch: Trajectories) -> Trajectories:
     num_prompts, num_samples, _ = batch.tokens.shape
     if num_samples % 2:
         raise ValueError(f"pairs need an even number of samples per prompt; got K = {num_samples}")
-    split = lambda x: x.reshape(num_prompts * num_samples // 2, 2, *x.shape[2:])  # noqa: E731
-    return Trajectories(jnp.repeat(batch.prompt, num_samples // 2, axis=0), *(split(leaf) for leaf in batch[1:]))
+    split = lambda x: x.reshape(num_prompts * num_samples // 2, 2, *x.shape[2:])
+    return Trajectories(
+        jnp.repeat(batch.prompt, num_samples // 2, axis=0), *(split(leaf) for leaf in batch[1:])
+    )

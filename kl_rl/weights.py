@@ -13,8 +13,9 @@ __all__ = ["best_of_n", "effective_sample_size", "pooled", "self_normalized"]
 def self_normalized(log_weight: jax.Array) -> jax.Array:
     """Weights that sum to one over the K samples of each prompt; all zero where no sample has evidence.
 
-    ``w_k = l_k / sum_j l_j``. With soft evidence this is biased at finite K, and p* is not a fixed point of the weighted
-    likelihood (T4.6); with a hard filter the expected gradient is ``1 - (1 - Z)^K`` times the true one, so hard prompts count less.
+    ``w_k = l_k / sum_j l_j``. With soft evidence this is biased at finite K, and p* is not a fixed point of
+    the weighted likelihood (T4.6); with a hard filter the expected gradient is ``1 - (1 - Z)^K`` times the
+    true one, so hard prompts count less.
 
     Args:
       log_weight: log-evidence (plus log p0 - log behaviour if the samples are not from p0), nats; [..., K].
@@ -42,9 +43,10 @@ def pooled(log_weight: jax.Array) -> jax.Array:
 def best_of_n(reward: jax.Array, n: jax.Array | float) -> jax.Array:
     """Probability that sample k is the best of a random n-subset of the K samples, ties broken at random.
 
-    ``w_k = [C(U_k, n) - C(L_k, n)] / [C(K, n) (U_k - L_k)]`` with ``U_k = #{j: r_j <= r_k}``, ``L_k = #{j: r_j < r_k}``. A random n-subset of
-    K independent draws is n independent draws, so ``E sum_k w_k f(y_k) = E_{best of n} f`` exactly, at any K >= n. The law itself is in
-    Beirami et al. 2024, arXiv 2401.01879; averaging over subsets is Rao-Blackwellization.
+    ``w_k = [C(U_k, n) - C(L_k, n)] / [C(K, n) (U_k - L_k)]`` with ``U_k = #{j: r_j <= r_k}``, ``L_k = #{j:
+    r_j < r_k}``. A random n-subset of K independent draws is n independent draws, so ``E sum_k w_k f(y_k) =
+    E_{best of n} f`` exactly, at any K >= n. The law itself is in Beirami et al. 2024, arXiv 2401.01879;
+    averaging over subsets is Rao-Blackwellization.
 
     Args:
       reward: [..., K].

@@ -1,11 +1,55 @@
-"""Stricter than users: x64, no silent rank promotion, eight simulated CPU devices, warnings as errors (pyproject.toml)."""
+"""Stricter than users: x64, no silent rank promotion, eight simulated CPU devices, warnings as errors.
+
+(pyproject.toml).
+"""
 
 import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kl_rl import exact
+from kl_rl.models import table_from_law, table_policy
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+class Tiny:
+    """A world of 27 strings with four reward levels, a random full-table base, and a few return tokens."""
+
+    vocab, horizon, extra = 3, 3, 6
+
+    def __init__(self, seed: int = 0):
+        self.strings = exact.enumerate_strings(self.vocab, self.horizon)
+        self.prompt = jnp.array([[self.vocab]])
+        self.base = table_policy(jax.random.key(seed), self.vocab, self.horizon, extra=self.extra, scale=0.7)
+        self.log_base = exact.log_prob(self.base, self.prompt[0], self.strings)
+        self.reward = self.reward_fn(None, self.strings.tokens, self.strings.mask)
+        self.levels = exact.reward_levels(self.reward)
+
+    @staticmethod
+    def reward_fn(prompt, tokens, mask):
+        """Number of twos, plus one if the string starts and ends alike."""
+        same = tokens[..., 0] == tokens[..., -1]
+        return (jnp.sum(tokens == 2, axis=-1) + same).astype(jnp.float64)
+
+    def tabulate(self, log_law, prompt=None):
+        """A full-table policy with this law."""
+        prompt = self.prompt[0] if prompt is None else prompt
+        return table_from_law(log_law, prompt, self.strings.tokens, self.base)
+
+    def law(self, policy):
+        return exact.log_prob(policy, self.prompt[0], self.strings)
+
+    def tilt(self, beta):
+        return exact.log_posterior(self.log_base, self.reward / beta)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return Tiny()

@@ -154,7 +154,7 @@ def test_enumeration_equals_brute_force(solve, seed):
             )
 
 
-@pytest.mark.parametrize("seed", [0, 2, 3, 6, 10, 16])
+@pytest.mark.parametrize("seed", [0, 2, 3, 16])
 def test_dynamic_programming_equals_brute_force(solve, seed):
     spec = random_spec(seed)
     if seed % 2:

@@ -16,19 +16,20 @@ if TYPE_CHECKING:
 __all__ = ["add_parser", "run"]
 
 DESCRIPTION = """\
-Fine-tune one base model by RLHF, filtered imitation, decision-transformer conditioning, off-policy RL and preferences, and measure
-exactly (or, with --text, by two-sided estimates) what each did to calibrated conditional inference.
-Writes results.jsonl, curves.jsonl, summary.json, report.html and the figures as PNG.
+Fine-tune one base model by RLHF, filtered imitation, decision-transformer conditioning, off-policy RL and
+preferences, and measure exactly (or, with --text, by two-sided estimates) what each did to calibrated
+conditional inference. Writes results.jsonl, curves.jsonl, summary.json, report.html and the figures as PNG.
 """
 EXAMPLES = """\
 examples:
-  kl-rl compare                                        default world (4 096 strings), all methods, 4 seeds, a few minutes
-  kl-rl compare --methods rlhf imitation --seeds 8     two families, more seeds
-  kl-rl compare --world W.json --out runs/w            your own world (`kl-rl exact --schema` prints the format)
-  kl-rl compare --full --out runs/full                 65 536 strings, 8 seeds, longer training
-  kl-rl compare --text FILE --reward LEXICON           a transformer trained on a text, a word-list reward
-  kl-rl compare --out runs/full --full --resume        go on after an interruption
-Without --out a new folder runs/compare-<time> is made. Ctrl-C keeps what is finished and still writes the report.
+  kl-rl compare                                        default world (4 096 strings), all methods, 4 seeds, a
+  few minutes kl-rl compare --methods rlhf imitation --seeds 8     two families, more seeds kl-rl compare
+  --world W.json --out runs/w            your own world (`kl-rl exact --schema` prints the format) kl-rl
+  compare --full --out runs/full                 65 536 strings, 8 seeds, longer training kl-rl compare --text
+  FILE --reward LEXICON           a transformer trained on a text, a word-list reward kl-rl compare --out
+  runs/full --full --resume        go on after an interruption
+Without --out a new folder runs/compare-<time> is made. Ctrl-C keeps what is finished and still writes the
+report.
 """
 
 
@@ -42,11 +43,28 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--world", metavar="W.json", help="an enumerable world (default: a built-in one with 4 096 strings)")
-    where.add_argument("--text", metavar="FILE", nargs="?", const="", help="a text file; without FILE: English text that ships with Python")
-    parser.add_argument("--reward", metavar="FILE", help="with --text: a lexicon (.json, or .tsv with word and valence) or patterns (.json)")
+    where.add_argument(
+        "--world", metavar="W.json", help="an enumerable world (default: a built-in one with 4 096 strings)"
+    )
+    where.add_argument(
+        "--text",
+        metavar="FILE",
+        nargs="?",
+        const="",
+        help="a text file; without FILE: English text that ships with Python",
+    )
+    parser.add_argument(
+        "--reward",
+        metavar="FILE",
+        help="with --text: a lexicon (.json, or .tsv with word and valence) or patterns (.json)",
+    )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="methods or families (default: all)")
-    parser.add_argument("--seeds", type=int, metavar="N", help="fine-tuning seeds per knob (default 4; 8 with --full; 1 with --text)")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="fine-tuning seeds per knob (default 4; 8 with --full; 1 with --text)",
+    )
     parser.add_argument("--steps", type=int, metavar="N", help="gradient steps of fine-tuning")
     parser.add_argument("--full", action="store_true", help="65 536 strings, 8 seeds, longer training")
     parser.add_argument("--minutes", type=float, metavar="M", help="with --text: minutes of pretraining")
@@ -75,7 +93,7 @@ def _use_cache() -> None:
     """Keep compiled programs between runs, unless the user has said where or that they do not want it."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "kl_rl" / "jax"))
 
@@ -83,7 +101,9 @@ def _use_cache() -> None:
 def _plan(args: argparse.Namespace) -> Plan:
     from kl_rl.compare.runner import Plan
 
-    plan = Plan(seeds=8, steps=800, checkpoints=10, base_steps=2500, learning_rate=2e-3) if args.full else Plan()
+    plan = (
+        Plan(seeds=8, steps=800, checkpoints=10, base_steps=2500, learning_rate=2e-3) if args.full else Plan()
+    )
     plan = plan._replace(seeds=args.seeds or plan.seeds, steps=args.steps or plan.steps)
     return plan._replace(checkpoints=min(plan.checkpoints, plan.steps))
 
@@ -132,7 +152,9 @@ def _print_table(data: dict[str, Any]) -> None:
     key = data.get("table_title", "At mean reward {:.2f} (nats; means over seeds)")
     for target in data["targets"]:
         rows = [r for r in data["matched_reward"] if r["target"] == target]
-        reached = sorted((r for r in rows if r["seeds"]), key=lambda r: (r["family"] != "reference", r["C_fwd"] or 0))
+        reached = sorted(
+            (r for r in rows if r["seeds"]), key=lambda r: (r["family"] != "reference", r["C_fwd"] or 0)
+        )
         if not reached:
             continue
         table = Table(title=key.format(target), title_justify="left", box=None, header_style="bold")

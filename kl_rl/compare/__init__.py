@@ -1,0 +1,1 @@
+"""The comparison: catalogue of methods, worlds, rows, figures, report. A leaf: nothing in the core imports it."""

@@ -1,6 +1,7 @@
 """The methods that ``kl-rl compare`` runs: each a name, a family, a knob, and an expression that builds it.
 
-``build(knob, context)`` is called inside ``jit`` with a traced knob, so a whole sweep of knobs and seeds is one program.
+``build(knob, context)`` is called inside ``jit`` with a traced knob, so a whole sweep of knobs and seeds is
+one program.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class Method(NamedTuple):
       name: as on the command line.
       family: of DESIGN's table.
       knob: what is swept: "beta" (reward units per nat), "beta_over_std" (a pure number),
-        "beta_win_rate" (per nat), "n", "threshold" (reward), "fraction" (of p0's samples), "steps", "greatest" (nothing to sweep).
+        "beta_win_rate" (per nat), "n", "threshold" (reward), "fraction" (of p0's samples), "steps",
+        "greatest" (nothing to sweep).
       build: ``(knob, context) -> Setup``; traced.
       summary: one line for the report.
     """
@@ -124,13 +126,17 @@ def _reward_weighted(beta: Any, c: Context) -> Setup:
 
 def _reward_weighted_logged(beta: Any, c: Context) -> Setup:
     return Setup(
-        families.reward_weighted(optimizer=c.optimizer()), Tilt(beta), sources.logged(c.fresh(), size=c.data_size)
+        families.reward_weighted(optimizer=c.optimizer()),
+        Tilt(beta),
+        sources.logged(c.fresh(), size=c.data_size),
     )
 
 
 def _expert_iteration(n: Any, c: Context) -> Setup:
     refresh = max(1, c.steps // 3)
-    return Setup(families.expert_iteration(n, optimizer=c.optimizer(), refresh=refresh), Tilt(jnp.inf), c.fresh())
+    return Setup(
+        families.expert_iteration(n, optimizer=c.optimizer(), refresh=refresh), Tilt(jnp.inf), c.fresh()
+    )
 
 
 def _conditioning(beta: Any, c: Context, prior: ReturnPrior) -> Setup:
@@ -161,7 +167,9 @@ def _vargrad(beta: Any, c: Context) -> Setup:
 
 
 def _vargrad_logged(beta: Any, c: Context) -> Setup:
-    return Setup(families.vargrad(optimizer=c.optimizer()), Tilt(beta), sources.logged(c.fresh(), size=c.data_size))
+    return Setup(
+        families.vargrad(optimizer=c.optimizer()), Tilt(beta), sources.logged(c.fresh(), size=c.data_size)
+    )
 
 
 def _trajectory_balance(beta: Any, c: Context) -> Setup:
@@ -215,8 +223,16 @@ CATALOGUE: tuple[Method, ...] = (
     Method("dt-quantile", "conditioning", "fraction", _quantile_tokens, "return tokens, top quantile"),
     Method("vargrad-replay", "off-policy", "beta", _vargrad, "log-variance loss, replay"),
     Method("vargrad-logged", "off-policy", "beta", _vargrad_logged, "log-variance loss on a fixed data set"),
-    Method("tb-replay", "off-policy", "beta", _trajectory_balance, "trajectory balance, learned log Z, replay"),
-    Method("subtb-replay", "off-policy", "beta", _subtrajectory_balance, "sub-trajectory balance, twist head, replay"),
+    Method(
+        "tb-replay", "off-policy", "beta", _trajectory_balance, "trajectory balance, learned log Z, replay"
+    ),
+    Method(
+        "subtb-replay",
+        "off-policy",
+        "beta",
+        _subtrajectory_balance,
+        "sub-trajectory balance, twist head, replay",
+    ),
     Method("pcl-replay", "off-policy", "beta", _path_consistency, "path consistency, twist head, replay"),
     Method("alpha-0.5", "between", "beta", _alpha(0.5), "alpha-divergence half-way between imitation and RL"),
     Method("alpha-1", "between", "beta", _alpha(1.0), "on-policy forward KL (DPG)"),
@@ -236,6 +252,8 @@ def methods_named(names: list[str] | None) -> tuple[Method, ...]:
     known = {m.name for m in CATALOGUE} | {m.family for m in CATALOGUE}
     for name in names:
         if name not in known:
-            raise ValueError(f"unknown method {name!r}; methods: {', '.join(m.name for m in CATALOGUE)}; "
-                             f"families: {', '.join(dict.fromkeys(m.family for m in CATALOGUE))}")
+            raise ValueError(
+                f"unknown method {name!r}; methods: {', '.join(m.name for m in CATALOGUE)}; "
+                f"families: {', '.join(dict.fromkeys(m.family for m in CATALOGUE))}"
+            )
     return tuple(m for m in CATALOGUE if m.name in names or m.family in names)

@@ -65,7 +65,10 @@ def _mean_by(rows: list[Row], x: str, y: str) -> dict[str, tuple[np.ndarray, np.
         mine = [r for r in rows if r["method"] == method and r.get(x) is not None and r.get(y) is not None]
         knobs = sorted({r["knob_value"] for r in mine})
         points = [
-            (np.mean([r[x] for r in mine if r["knob_value"] == k]), np.mean([r[y] for r in mine if r["knob_value"] == k]))
+            (
+                np.mean([r[x] for r in mine if r["knob_value"] == k]),
+                np.mean([r[y] for r in mine if r["knob_value"] == k]),
+            )
             for k in knobs
         ]
         if points:
@@ -116,7 +119,10 @@ def frontier(data: dict[str, Any]) -> bytes:
 
 
 def along_training(data: dict[str, Any]) -> bytes:
-    """C against the reward reached along training: a KL term against early stopping, exact flows and sampled learners."""
+    """C against the reward reached along training.
+
+    A KL term against early stopping, exact flows and sampled learners.
+    """
     figure, axes = _axes(8.6, 4.8)
     wanted = {
         "exact flow without KL": ("#444444", "--"),
@@ -148,7 +154,14 @@ def forward_against_reverse(data: dict[str, Any]) -> bytes:
     styles = _styles(data["rows"])
     smallest = 1e-4
     for method, (x, y) in _mean_by(rows, "C", "C_fwd").items():
-        axes.plot(np.maximum(x, smallest), np.maximum(y, smallest), linewidth=0.8, markersize=5, label=method, **styles[method])
+        axes.plot(
+            np.maximum(x, smallest),
+            np.maximum(y, smallest),
+            linewidth=0.8,
+            markersize=5,
+            label=method,
+            **styles[method],
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     low, high = axes.get_xlim()
@@ -161,15 +174,20 @@ def forward_against_reverse(data: dict[str, Any]) -> bytes:
 
 FIGURES: dict[str, tuple[Callable[[dict[str, Any]], bytes], str]] = {
     "budget": (budget_bars, "Where the KL went, at matched reward. A perfect Bayesian update is all grey."),
-    "frontier": (frontier, "Reward against KL. The edge of the grey area is the least KL that buys a reward; only p* lies on it."),
+    "frontier": (
+        frontier,
+        "Reward against KL. The edge of the grey area is the least KL that buys a reward; only p* lies on it.",
+    ),
     "training": (
         along_training,
-        "Calibration loss along training, against the reward reached so far; circles mark the last checkpoint. With a KL term the exact flow's loss "
+        "Calibration loss along training, against the reward reached so far; circles mark the last "
+        "checkpoint. With a KL term the exact flow's loss "
         "rises and then anneals away; without one it only rises.",
     ),
     "forward": (
         forward_against_reverse,
-        "Loss where the policy goes (C) against loss where the base was (C_fwd); dotted: equality; values below 1e-4 are drawn at 1e-4.",
+        "Loss where the policy goes (C) against loss where the base was (C_fwd); dotted: equality; "
+        "values below 1e-4 are drawn at 1e-4.",
     ),
 }
 
@@ -179,7 +197,9 @@ def draw(data: dict[str, Any], names: tuple[str, ...] = tuple(FIGURES)) -> dict[
     out = {}
     for name in names:
         function, caption = FIGURES[name]
-        if name == "budget" and not any(r["seeds"] and r["target"] == data["main_target"] for r in data["matched_reward"]):
+        if name == "budget" and not any(
+            r["seeds"] and r["target"] == data["main_target"] for r in data["matched_reward"]
+        ):
             continue
         if name == "training" and not data["curves"]:
             continue

@@ -1,4 +1,7 @@
-"""From rows on disk to answers: tables at matched reward and KL, checks, figures, report. Works on unfinished runs too."""
+"""From rows on disk to answers: tables at matched reward and KL, checks, figures, report.
+
+Works on unfinished runs too.
+"""
 
 from __future__ import annotations
 
@@ -53,19 +56,27 @@ def _checks(rows: list[Row]) -> list[str]:
     if sampler:
         worst = max(abs(r["C"]) for r in sampler)
         lines.append(
-            f"Exact sampler of p*: C = {worst:.1e} nats at most by enumeration; from {sampler[0]['interval_samples']} samples the 95 % intervals are "
+            f"Exact sampler of p*: C = {worst:.1e} nats at most by enumeration; from "
+            f"{sampler[0]['interval_samples']} samples the 95 % intervals are "
             + ", ".join(f"[{r['C_lower']:.2g}, {r['C_upper']:.2g}]" for r in sampler)
             + "."
         )
     for r in (r for r in rows if r["method"] == "control"):
         lines.append(
-            f"Positive control at beta {r['knob_value']:.3g}: C known in closed form {r['known_C']:.6f}, by enumeration {r['C']:.6f} "
-            f"(difference {abs(r['C'] - r['known_C']):.1e}), 95 % interval from samples [{r['C_lower']:.4f}, {r['C_upper']:.4f}]."
+            f"Positive control at beta {r['knob_value']:.3g}: C known in closed form "
+            f"{r['known_C']:.6f}, by enumeration {r['C']:.6f} "
+            f"(difference {abs(r['C'] - r['known_C']):.1e}), 95 % interval from samples "
+            f"[{r['C_lower']:.4f}, {r['C_upper']:.4f}]."
         )
     told = [r["C_in_interval"] for r in rows if r.get("C_in_interval") is not None]
     if told:
-        lines.append(f"The sampled 95 % interval holds the exact C in {sum(told)} of {len(told)} rows ({100 * np.mean(told):.1f} %).")
-    split = [abs(r["kl"] - r["P"] - r["S"] - r["C"]) for r in rows if None not in (r["kl"], r["P"], r["S"], r["C"])]
+        lines.append(
+            f"The sampled 95 % interval holds the exact C in {sum(told)} of {len(told)} rows "
+            f"({100 * np.mean(told):.1f} %)."
+        )
+    split = [
+        abs(r["kl"] - r["P"] - r["S"] - r["C"]) for r in rows if None not in (r["kl"], r["P"], r["S"], r["C"])
+    ]
     if split:
         lines.append(f"KL = P + S + C holds to {max(split):.1e} nats in every row.")
     return lines
@@ -94,7 +105,7 @@ def collect(folder: Path, rows: list[Row], curves: list[Row], world: Row) -> Row
     path = [r for r in rows if r["method"] not in stepped and r["method"] != "control"]
     path += [c | {"family": families[c["method"]]} for c in curves if c["method"] in stepped]
     frontier = _frontier(world["law"])
-    price = lambda mean: float(np.interp(mean, [p[1] for p in frontier], [p[0] for p in frontier]))  # noqa: E731
+    price = lambda mean: float(np.interp(mean, [p[1] for p in frontier], [p[0] for p in frontier]))
     matched_reward = matched(path, "reward", targets, base_reward, price)
     about = rows[0] if rows else {}
     return {
@@ -112,7 +123,8 @@ def collect(folder: Path, rows: list[Row], curves: list[Row], world: Row) -> Row
         "frontier": frontier,
         "rows": rows,
         "curves": curves,
-        "footer": f"kl_rl; versions {json.dumps(about.get('versions', {}))}, commit {about.get('commit')}, device {about.get('device')}. "
+        "footer": f"kl_rl; versions {json.dumps(about.get('versions', {}))}, commit "
+        f"{about.get('commit')}, device {about.get('device')}. "
         "Data: results.jsonl (one line per method, knob, seed), curves.jsonl, summary.json.",
     }
 

@@ -1,4 +1,7 @@
-"""Methods side by side at the same mean reward, or the same KL: interpolation along each method's knob, seed by seed."""
+"""Methods side by side at the same mean reward, or the same KL.
+
+Interpolation along each method's knob, seed by seed.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ def grid(base_reward: float, best_reward: float, fractions: tuple[float, ...]) -
 def _along(points: list[Row], axis: str, target: float, origin: float) -> dict[str, float] | None:
     """All measures at ``axis = target``; the base itself is the first point of every path.
 
-    Divergences grow quadratically away from the base, so their square roots are interpolated linearly (and the KL axis likewise).
+    Divergences grow quadratically away from the base, so their square roots are interpolated linearly (and
+    the KL axis likewise).
     """
     start = dict.fromkeys(MEASURES, 0.0) | {"reward": origin}
     path = sorted([start, *points], key=lambda row: _number(row[axis]))
@@ -45,7 +49,11 @@ def _along(points: list[Row], axis: str, target: float, origin: float) -> dict[s
 
 
 def matched(
-    rows: list[Row], axis: str, targets: list[float], base_reward: float, price: Callable[[float], float] | None = None
+    rows: list[Row],
+    axis: str,
+    targets: list[float],
+    base_reward: float,
+    price: Callable[[float], float] | None = None,
 ) -> list[Row]:
     """Every method at every target of ``axis`` ("reward" or "kl"): mean and standard error over seeds.
 
@@ -57,7 +65,8 @@ def matched(
       price: mean reward -> P, exact; at matched reward P is common to all methods and KL is P + S + C.
 
     Returns:
-      Rows ``{method, family, target, seeds, <measure>, <measure>_stderr}``; methods that did not reach a target in any seed have
+      Rows ``{method, family, target, seeds, <measure>, <measure>_stderr}``; methods that did not reach a
+      target in any seed have
       ``seeds = 0`` and no measures.
     """
     out = []
@@ -76,7 +85,9 @@ def matched(
             for name in MEASURES if found else ():
                 values = np.array([value[name] for value in found])
                 entry[name] = float(values.mean())
-                entry[f"{name}_stderr"] = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+                entry[f"{name}_stderr"] = (
+                    float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+                )
             out.append(entry)
     return out
 
@@ -89,12 +100,16 @@ def summary(table: list[Row], target: float, unit: str = "nats") -> str:
     primary = sorted((r for r in trained if np.isfinite(r["C_fwd"])), key=lambda r: r["C_fwd"])
     best, worst = primary[0], primary[-1]
     first = (
-        f"At a mean reward of {target:.2f}, {best['method']} ({best['family']}) loses least of the base model's conditional inference, "
-        f"C_fwd = {best['C_fwd']:.3g} {unit}, and {worst['method']} ({worst['family']}) most, {worst['C_fwd']:.3g} {unit}."
+        f"At a mean reward of {target:.2f}, {best['method']} ({best['family']}) loses least of the "
+        "base model's conditional inference, "
+        f"C_fwd = {best['C_fwd']:.3g} {unit}, and {worst['method']} ({worst['family']}) most, "
+        f"{worst['C_fwd']:.3g} {unit}."
     )
-    exact_rows = [r for r in table if r["method"] == "exact-posterior" and r["target"] == target and r["seeds"]]
+    exact_rows = [
+        r for r in table if r["method"] == "exact-posterior" and r["target"] == target and r["seeds"]
+    ]
     paid = exact_rows[0]["kl"] if exact_rows else best["P"]
-    waste = {r["family"]: [] for r in trained}
+    waste: dict[str, list[float]] = {r["family"]: [] for r in trained}
     for r in trained:
         waste[r["family"]].append(r["C"] / r["kl"])
     shares = ", ".join(f"{family} {100 * np.mean(values):.0f} %" for family, values in waste.items())

@@ -16,7 +16,15 @@ from kl_rl.pretrain import fit_likelihood
 from kl_rl.rollout import sample
 from kl_rl.worlds import World
 
-__all__ = ["COMPARE_LIMIT", "Problem", "check_world", "exact_law", "make_problem", "mean_at_fraction", "normalized"]
+__all__ = [
+    "COMPARE_LIMIT",
+    "Problem",
+    "check_world",
+    "exact_law",
+    "make_problem",
+    "mean_at_fraction",
+    "normalized",
+]
 
 MAX_RETURN_TOKENS = 16
 COMPARE_LIMIT = 2**18
@@ -33,7 +41,8 @@ class Problem(NamedTuple):
       reward: float64; [P, N].
       levels: distinct rewards [G], and their index [P, N].
       edges: boundaries between return tokens; [R - 1].
-      base_loss: held-out loss of the base in nats per token, and the entropy rate of the process it should reach.
+      base_loss: held-out loss of the base in nats per token, and the entropy rate of the process it should
+        reach.
     """
 
     world: World
@@ -52,7 +61,7 @@ class Problem(NamedTuple):
 
     @property
     def log_level(self) -> np.ndarray:
-        """log p0(r), the average over prompts; [G]."""
+        """Log p0(r), the average over prompts; [G]."""
         mass = np.zeros(len(self.levels.value))
         np.add.at(mass, np.asarray(self.levels.index), np.exp(self.log_base) / len(self.log_base))
         with np.errstate(divide="ignore"):
@@ -77,7 +86,9 @@ def _return_edges(values: np.ndarray, mass: np.ndarray) -> np.ndarray:
     return np.unique(middles[np.minimum(np.searchsorted(quantile, targets), len(middles) - 1)])
 
 
-def _train_base(world: World, key: jax.Array, steps: int, num_tokens: int) -> tuple[Policy, tuple[float, float]]:
+def _train_base(
+    world: World, key: jax.Array, steps: int, num_tokens: int
+) -> tuple[Policy, tuple[float, float]]:
     init_key, fit_key, test_key = jax.random.split(key, 3)
     prompt = jnp.asarray(world.prompts)
     context = prompt.shape[1] + world.horizon
@@ -88,11 +99,13 @@ def _train_base(world: World, key: jax.Array, steps: int, num_tokens: int) -> tu
         tokens, mask, log_p = sample(
             world.base, key, prompt, num_samples=per_prompt, horizon=world.horizon, end=world.end
         )
-        flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+        flat = lambda x: x.reshape(-1, x.shape[-1])
         return jnp.repeat(prompt, per_prompt, axis=0), flat(tokens), flat(mask), flat(log_p)
 
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps, 0.01))
-    fit = jax.jit(lambda p, k: fit_likelihood(p, lambda k: batch(k)[:3], k, optimizer=optimizer, num_steps=steps))
+    fit = jax.jit(
+        lambda p, k: fit_likelihood(p, lambda k: batch(k)[:3], k, optimizer=optimizer, num_steps=steps)
+    )
     trained, _, _ = fit(policy, fit_key)
     prompts, tokens, mask, log_p = batch(test_key, 8192)
     held_out = -jnp.sum(jax.jit(sequence_log_prob)(trained, prompts, tokens, mask)) / mask.sum()
@@ -150,6 +163,8 @@ def check_world(world: World) -> None:
     """
     if world.num_strings > COMPARE_LIMIT:
         raise ValueError(
-            f"{world.name}: {world.vocab}**{world.horizon} = {world.num_strings} strings; comparing neural policies exactly needs at most "
-            f"{COMPARE_LIMIT}: shorten the horizon or the vocabulary (`kl-rl exact` has no such limit: it uses dynamic programming)"
+            f"{world.name}: {world.vocab}**{world.horizon} = {world.num_strings} strings; comparing "
+            "neural policies exactly needs at most "
+            f"{COMPARE_LIMIT}: shorten the horizon or the vocabulary (`kl-rl exact` has no such "
+            "limit: it uses dynamic programming)"
         )

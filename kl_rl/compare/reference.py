@@ -1,4 +1,7 @@
-"""Reference laws, exact and without training: what each family would give with infinite data and capacity, and a control."""
+"""Reference laws, exact and without training.
+
+What each family would give with infinite data and capacity, and a control.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +60,10 @@ def best_of_n_law(log_base: np.ndarray, reward: np.ndarray, n: float) -> np.ndar
 def control_law(problem: Problem, beta: float, strength: float) -> tuple[np.ndarray, float]:
     """A tilt spoiled inside each level by a known amount: the positive control.
 
-    ``q = p*_beta(r) p0(y|r) e^{+-strength} / norm(r)``, + where the first token is in the lower half of the vocabulary. With
-    ``h = p0(first half | r)`` and ``g = q(first half | r)``, C is the mean under q of the binary divergence ``kl(g(r), h(r))``: a closed form.
+    ``q = p*_beta(r) p0(y|r) e^{+-strength} / norm(r)``, + where the first token is in the lower half of the
+    vocabulary. With
+    ``h = p0(first half | r)`` and ``g = q(first half | r)``, C is the mean under q of the binary divergence
+    ``kl(g(r), h(r))``: a closed form.
 
     Returns:
       log q [P, N] and C in nats (mean over prompts).
@@ -74,7 +79,9 @@ def control_law(problem: Problem, beta: float, strength: float) -> tuple[np.ndar
         up, down = h * np.exp(strength), (1 - h) * np.exp(-strength)
         g = up / (up + down)
         with np.errstate(divide="ignore", invalid="ignore"):
-            terms = np.where(g > 0, g * np.log(g / h), 0) + np.where(g < 1, (1 - g) * np.log((1 - g) / (1 - h)), 0)
+            terms = np.where(g > 0, g * np.log(g / h), 0) + np.where(
+                g < 1, (1 - g) * np.log((1 - g) / (1 - h)), 0
+            )
         losses.append(float(level @ terms))
         shift = np.where(lower_half, strength, -strength) - np.log(up + down)[index]
         laws.append(normalized(np.log(tilted) + shift))
@@ -86,7 +93,10 @@ def _prompts(problem: Problem, law) -> np.ndarray:
 
 
 def reference_laws(problem: Problem, fractions: tuple[float, ...]) -> list[ReferenceLaw]:
-    """Exact rows: the posterior, best-of-n, the filter, the quantilizer of the same strength, and the positive control."""
+    """Exact rows: the posterior, best-of-n, the filter, the quantilizer of the same strength.
+
+    And the positive control.
+    """
     rows = []
     value, mass = problem.levels.value, np.exp(problem.log_level)
     for fraction in fractions:
@@ -106,7 +116,9 @@ def reference_laws(problem: Problem, fractions: tuple[float, ...]) -> list[Refer
     return rows
 
 
-def flow_curves(problem: Problem, beta: float, *, num_steps: int = 300, step_size: float = 0.2) -> dict[str, np.ndarray]:
+def flow_curves(
+    problem: Problem, beta: float, *, num_steps: int = 300, step_size: float = 0.2
+) -> dict[str, np.ndarray]:
     """Exact gradient flows over the full table for the first prompt, with and without a KL term (T2.6).
 
     Returns:

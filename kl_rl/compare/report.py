@@ -1,4 +1,7 @@
-"""``report.html``: what was asked, the answer in two sentences, the tables, the figures; readable without the library."""
+"""``report.html``: what was asked, the answer in two sentences, the tables, the figures.
+
+Readable without the library.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,16 @@ __all__ = ["html_report", "number", "plain_table"]
 Row = dict[str, Any]
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2.5rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2.5rem auto; padding: 0
+1.2rem; } h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 p.answer { font-size: 1.1rem; background: #f5f3ee; border-left: 4px solid #c44e52; padding: .8rem 1rem; }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
-div.wide { overflow-x: auto; }
-th { text-align: right; border-bottom: 1.5px solid #444; padding: .25rem .55rem; font-weight: 600; white-space: nowrap; }
-td { text-align: right; padding: .18rem .55rem; border-bottom: 1px solid #eee; white-space: nowrap; }
-th.text, td.text { text-align: left; } tr.reference td { color: #666; } tr.unreached td { color: #aaa; }
-span.se { color: #888; font-size: .78em; } figure { margin: 1.2rem 0; } img { max-width: 100%; }
-figcaption, footer, .small { color: #666; font-size: .86rem; } code { background: #f2f2f2; padding: 0 .25em; }
-@media (prefers-color-scheme: dark) { img { background: white; } }
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; } div.wide {
+overflow-x: auto; } th { text-align: right; border-bottom: 1.5px solid #444; padding: .25rem .55rem;
+font-weight: 600; white-space: nowrap; } td { text-align: right; padding: .18rem .55rem; border-bottom: 1px
+solid #eee; white-space: nowrap; } th.text, td.text { text-align: left; } tr.reference td { color: #666; }
+tr.unreached td { color: #aaa; } span.se { color: #888; font-size: .78em; } figure { margin: 1.2rem 0; } img {
+max-width: 100%; } figcaption, footer, .small { color: #666; font-size: .86rem; } code { background: #f2f2f2;
+padding: 0 .25em; } @media (prefers-color-scheme: dark) { img { background: white; } }
 """
 
 
@@ -52,11 +54,15 @@ def _table(rows: list[Row], columns: list[tuple[str, str]], text: tuple[str, ...
         kind = "reference" if row.get("family") == "reference" else ""
         kind = "unreached" if row.get("seeds") == 0 else kind
         cells = "".join(
-            f'<td class="text">{html.escape(str(row.get(key, "")))}</td>' if key in text else f"<td>{_cell(row, key)}</td>"
+            f'<td class="text">{html.escape(str(row.get(key, "")))}</td>'
+            if key in text
+            else f"<td>{_cell(row, key)}</td>"
             for key, _ in columns
         )
         body.append(f'<tr class="{kind}">{cells}</tr>')
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    )
 
 
 MATCHED_COLUMNS = [
@@ -91,7 +97,11 @@ EXTRA_COLUMNS = [
 
 
 def _order(row: Row) -> tuple:
-    return (row["seeds"] == 0, row["family"] != "reference", row.get("C_fwd") if row.get("C_fwd") is not None else math.inf)
+    return (
+        row["seeds"] == 0,
+        row["family"] != "reference",
+        row.get("C_fwd") if row.get("C_fwd") is not None else math.inf,
+    )
 
 
 def _figures(figures: dict[str, tuple[bytes, str]]) -> str:
@@ -135,25 +145,36 @@ def html_report(data: dict[str, Any], figures: dict[str, tuple[bytes, str]]) -> 
         "<h2>Calibration and queries, last checkpoint of each knob (seed means)</h2>"
         + _table(data["means"], [c for c in EXTRA_COLUMNS if any(c[0] in r for r in data["means"])], text)
     )
-    sections.append("<h2>Checks of the instrument</h2><ul>" + "".join(f"<li>{html.escape(c)}</li>" for c in data["checks"]) + "</ul>")
+    sections.append(
+        "<h2>Checks of the instrument</h2><ul>"
+        + "".join(f"<li>{html.escape(c)}</li>" for c in data["checks"])
+        + "</ul>"
+    )
     sections.append("<h2>How to read this</h2>" + LEGEND)
     sections.append(f"<footer>{html.escape(data['footer'])}</footer>")
     return (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' "
+        "content='width=device-width'>"
         f"<title>{html.escape(data['title'])}</title><style>{STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
     )
 
 
-LEGEND = """<p>All divergences are in nats. <b>p0</b> is the base model, <b>q</b> the fine-tuned one, <b>p*</b> the exact posterior p0 exp(r/beta)/Z.
-KL(q||p0) = P + S + C: <b>P</b> is the least KL that buys q's mean reward, <b>S</b> what the shape of its reward distribution costs beyond that, and
-<b>C</b>, calibration loss, what was changed <em>within</em> each reward level: zero exactly when q is p0 reweighted by some function of the reward.
-<b>C_fwd</b> is its forward twin, the part of p0 that stays lost after the reward is optimally undone; <b>C_JS</b> a symmetric version, at most log 2.
-At matched reward the exact optimum of KL-regularized RL minimizes C + S in any policy class (a theorem, not a finding), so C_fwd and C_JS are the
-primary outcomes. Values at matched reward are interpolated along each method's knob, seed by seed; &plusmn; is the standard error over seeds.
-The entropy gap is H(p* of equal reward) - H(q). smECE: smooth calibration error of next-token forecasts on p0 text and on p* text, never on the policy's own.
-Infill: KL of the forecast of one hidden token given the rest, from p0; "undone" after the reward is undone. &infin;: infinite or undefined.</p>"""
+LEGEND = """<p>All divergences are in nats. <b>p0</b> is the base model, <b>q</b> the fine-tuned one, <b>p*</b> the
+exact posterior p0 exp(r/beta)/Z. KL(q||p0) = P + S + C: <b>P</b> is the least KL that buys q's mean reward,
+<b>S</b> what the shape of its reward distribution costs beyond that, and <b>C</b>, calibration loss, what
+was changed <em>within</em> each reward level: zero exactly when q is p0 reweighted by some function of the
+reward. <b>C_fwd</b> is its forward twin, the part of p0 that stays lost after the reward is optimally
+undone; <b>C_JS</b> a symmetric version, at most log 2. At matched reward the exact optimum of KL-
+regularized RL minimizes C + S in any policy class (a theorem, not a finding), so C_fwd and C_JS are the
+primary outcomes. Values at matched reward are interpolated along each method's knob, seed by seed; &plusmn;
+is the standard error over seeds. The entropy gap is H(p* of equal reward) - H(q). smECE: smooth calibration
+error of next-token forecasts on p0 text and on p* text, never on the policy's own. Infill: KL of the
+forecast of one hidden token given the rest, from p0; "undone" after the reward is undone. &infin;: infinite
+or undefined.</p>"""
 
 
 def plain_table(rows: list[Row], columns: tuple[str, ...]) -> list[list[str]]:
     """Cells of a table for the terminal."""
-    return [[str(row[c]) if isinstance(row.get(c), str) else number(row.get(c)) for c in columns] for row in rows]
+    return [
+        [str(row[c]) if isinstance(row.get(c), str) else number(row.get(c)) for c in columns] for row in rows
+    ]

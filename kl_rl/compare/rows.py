@@ -27,11 +27,13 @@ def _budgets(log_q, log_base, reward, value, index, beta):
         return budget(log_q, log_base, reward, levels, jnp.where(jnp.isnan(beta), fitted, beta))
 
     per_prompt = jax.vmap(one, in_axes=(0, 0, 0, 0, None))
-    law = lambda pair: jax.tree.map(jnp.mean, per_prompt(pair[0], log_base, reward, index, pair[1]))  # noqa: E731
+    law = lambda pair: jax.tree.map(jnp.mean, per_prompt(pair[0], log_base, reward, index, pair[1]))
     return jax.lax.map(law, (log_q, beta))
 
 
-def exact_budgets(problem: Problem, log_q: np.ndarray, beta: Iterable[float | None]) -> list[dict[str, float]]:
+def exact_budgets(
+    problem: Problem, log_q: np.ndarray, beta: Iterable[float | None]
+) -> list[dict[str, float]]:
     """Exact budgets of B laws in double precision.
 
     Args:
@@ -45,7 +47,9 @@ def exact_budgets(problem: Problem, log_q: np.ndarray, beta: Iterable[float | No
     betas = np.array([np.nan if b is None else b for b in beta], np.float64)
     with jax.enable_x64(True):
         arrays = (problem.log_base, problem.reward, problem.levels.value, problem.levels.index)
-        result = jax.tree.map(np.asarray, _budgets(jnp.asarray(log_q), *map(jnp.asarray, arrays), jnp.asarray(betas)))
+        result = jax.tree.map(
+            np.asarray, _budgets(jnp.asarray(log_q), *map(jnp.asarray, arrays), jnp.asarray(betas))
+        )
     rows = []
     for i, given in enumerate(betas):
         row = {name: float(getattr(result, name)[i]) for name in Budget._fields}
@@ -54,8 +58,12 @@ def exact_budgets(problem: Problem, log_q: np.ndarray, beta: Iterable[float | No
     return rows
 
 
-def sampled_interval(problem: Problem, log_q: np.ndarray, rng: np.random.Generator, size: int) -> dict[str, Any]:
-    """Calibration loss as an outsider would estimate it: from ``size`` samples of q and of p0 and their log-probabilities.
+def sampled_interval(
+    problem: Problem, log_q: np.ndarray, rng: np.random.Generator, size: int
+) -> dict[str, Any]:
+    """Calibration loss as an outsider would estimate it.
+
+    From ``size`` samples of q and of p0 and their log-probabilities.
 
     Args:
       problem: the world.

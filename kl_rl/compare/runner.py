@@ -151,5 +151,11 @@ def train(
             laws.append(normalized(laws_of(policies)))
     steps = chunk_steps * np.arange(1, checkpoints + 1)
     return Trained(
-        knob, seed, steps[-len(laws) :], np.stack(laws), time.perf_counter() - started, compile_seconds, np.asarray(ess)
+        knob,
+        seed,
+        steps[-len(laws) :],
+        np.stack(laws),
+        time.perf_counter() - started,
+        compile_seconds,
+        np.asarray(ess),
     )

@@ -69,13 +69,17 @@ class Session:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / ".lock", "a")  # noqa: SIM115
+            self._lock = open(folder / ".lock", "a")
         except (OSError, ValueError) as error:
-            raise OutputError(f"{folder}: cannot write here: {getattr(error, 'strerror', None) or error}; choose another --out") from error
+            raise OutputError(
+                f"{folder}: cannot write here: {getattr(error, 'strerror', None) or error}; choose another --out"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise OutputError(f"{folder}: another process is writing to this folder; wait for it or choose another --out") from error
+            raise OutputError(
+                f"{folder}: another process is writing to this folder; wait for it or choose another --out"
+            ) from error
         self._check_settings(settings, resume)
 
     def _check_settings(self, settings: dict[str, Any], resume: bool) -> None:
@@ -83,11 +87,16 @@ class Session:
         if not path.exists():
             foreign = [p.name for p in self.folder.iterdir() if p.name != ".lock"]
             if foreign:
-                raise OutputError(f"{self.folder}: not empty and not a run of kl-rl (found {sorted(foreign)[0]}); choose another --out")
+                raise OutputError(
+                    f"{self.folder}: not empty and not a run of kl-rl (found {sorted(foreign)[0]}); "
+                    "choose another --out"
+                )
             write_atomically(path, json.dumps(settings, indent=2) + "\n")
             return
         if not resume:
-            raise OutputError(f"{self.folder}: already holds a run; add --resume to go on with it, or choose another --out")
+            raise OutputError(
+                f"{self.folder}: already holds a run; add --resume to go on with it, or choose another --out"
+            )
         try:
             before = json.loads(path.read_text())
         except ValueError as error:

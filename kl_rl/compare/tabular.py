@@ -40,7 +40,13 @@ def _reference_rows(problem: Problem, plan: Plan, extras: Any) -> list[dict[str,
     )
     rows = []
     for number, (law, measured) in enumerate(zip(laws, budgets, strict=True)):
-        row = {"method": law.method, "family": "reference", "knob": law.knob, "knob_value": law.knob_value, "seed": 0}
+        row = {
+            "method": law.method,
+            "family": "reference",
+            "knob": law.knob,
+            "knob_value": law.knob_value,
+            "seed": 0,
+        }
         row |= measured | {"known_C": law.known_C} | extras(law.log_q, measured)
         rows.append(row | _interval(problem, law.log_q, measured, number))
     return rows
@@ -93,7 +99,9 @@ def _flow_rows(problem: Problem, beta: float) -> list[dict[str, Any]]:
     for name, path in flow_curves(problem, beta).items():
         prompts = len(problem.log_base)
         laws = np.repeat(path[:, None], prompts, axis=1)
-        rows += _curve_rows(name, beta, 0, np.arange(len(path)), exact_budgets(problem, laws, [beta] * len(laws)))
+        rows += _curve_rows(
+            name, beta, 0, np.arange(len(path)), exact_budgets(problem, laws, [beta] * len(laws))
+        )
     return rows
 
 
@@ -118,19 +126,23 @@ def run_tabular(
     total = len(methods) + 2
     progress(0.0, f"base model by maximum likelihood on {world.name}")
     problem = make_problem(world, base_steps=plan.base_steps)
-    write_atomically(session.folder / "world.json", json.dumps(describe(world, plan, problem), indent=1) + "\n")
+    write_atomically(
+        session.folder / "world.json", json.dumps(describe(world, plan, problem), indent=1) + "\n"
+    )
     done = {row["method"] for row in session.rows("results.jsonl")}
     measure, about = extras(problem), provenance()
     if "exact-posterior" not in done:
         progress(1 / total, "exact reference laws")
         rows = _reference_rows(problem, plan, measure)
         if len(problem.log_base) == 1:
-            session.append("curves.jsonl", _flow_rows(problem, mean_at_fraction(problem, plan.fractions[1])[1]))
+            session.append(
+                "curves.jsonl", _flow_rows(problem, mean_at_fraction(problem, plan.fractions[1])[1])
+            )
         session.append("results.jsonl", [row | about for row in rows])
     for number, method in enumerate(methods):
         if method.name in done:
             continue
-        at = lambda inner, message, n=number: progress((2 + n + inner) / total, message)  # noqa: E731
+        at = lambda inner, message, n=number: progress((2 + n + inner) / total, message)
         started = time.perf_counter()
         trained = train(method, problem, plan, list(range(plan.seeds)), at)
         rows, curves = _method_rows(method, trained, problem, plan, measure)
@@ -140,16 +152,28 @@ def run_tabular(
 
 
 def describe(world: World, plan: Plan, problem: Problem) -> dict[str, Any]:
-    """What the report says about the question; kept as ``world.json``, so that an interrupted run can be reported too."""
-    law = [[float(v), float(m)] for v, m in zip(problem.levels.value, np.exp(problem.log_level), strict=True) if m > 0]
+    """What the report says about the question.
+
+    Kept as ``world.json``, so that an interrupted run can be reported too.
+    """
+    law = [
+        [float(v), float(m)]
+        for v, m in zip(problem.levels.value, np.exp(problem.log_level), strict=True)
+        if m > 0
+    ]
     loss, entropy = problem.base_loss
     return {
         "name": world.name,
         "law": law,
         "fractions": [plan.fractions[0] + 0.05, plan.fractions[1]],
-        "subtitle": f"{world.vocab}^{world.horizon} = {world.num_strings} strings, {len(law)} reward levels, {plan.seeds} seeds, "
-        f"{plan.steps} steps of {plan.num_samples} samples; every number below is exact for the policies trained, by enumeration.",
-        "question": f"A small transformer was trained by maximum likelihood on a hidden Markov process (held-out loss {loss:.4f} nats per token, "
-        f"entropy of the process {entropy:.4f}) and frozen as p0. From it, each method fine-tuned the same network towards more reward. "
-        "How much of p0's calibrated conditional inference did each destroy, beyond the Bayesian update the reward asked for?",
+        "subtitle": f"{world.vocab}^{world.horizon} = {world.num_strings} strings, {len(law)} reward "
+        f"levels, {plan.seeds} seeds, "
+        f"{plan.steps} steps of {plan.num_samples} samples; every number below is exact for the "
+        "policies trained, by enumeration.",
+        "question": "A small transformer was trained by maximum likelihood on a hidden Markov "
+        f"process (held-out loss {loss:.4f} nats per token, "
+        f"entropy of the process {entropy:.4f}) and frozen as p0. From it, each method fine-tuned the "
+        "same network towards more reward. "
+        "How much of p0's calibrated conditional inference did each destroy, beyond the Bayesian "
+        "update the reward asked for?",
     }

@@ -1,4 +1,4 @@
-"""A text with a frozen base model and a reward: no exact truth, but samples, and knobs that aim at given rewards."""
+"""A text with a frozen base model and a reward: no exact truth, but samples to measure and to aim with."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl.compare.catalogue import Method
+from kl_rl.compare.text_knobs import targets
 from kl_rl.policy import Policy, sequence_log_prob
 from kl_rl.rollout import sample
+from kl_rl.samples import Samples
 from kl_rl.worlds.text import Corpus
 from kl_rl.worlds.text_base import RETURN_TOKENS, BasePlan, TextBase, load_or_train
 from kl_rl.worlds.text_reward import BadReward, TextReward
 
-__all__ = ["Drawn", "TextPlan", "TextProblem", "draw", "knob_values", "make_problem", "score", "tilt_to_mean"]
+__all__ = ["Drawn", "TextPlan", "TextProblem", "draw", "flat_samples", "make_problem", "score"]
 
 Progress = Callable[[float, str], None]
 _ROWS = 256  # sequences handled at once
@@ -42,7 +43,7 @@ class TextPlan(NamedTuple):
       shifts: where the knobs aim: mean rewards this many base standard deviations above the base's.
     """
 
-    minutes: float = 5.0
+    minutes: float = 4.0
     horizon: int = 48
     prompts: int = 0
     prompt_length: int = 16
@@ -80,8 +81,7 @@ class TextProblem(NamedTuple):
       prompt: [P, L].
       plan: sizes.
       drawn: samples of the base.
-      betas: temperatures whose tilt of the base's reward law reaches the plan's shifts; largest first.
-      thresholds: reward levels whose tail of the base comes closest to the same means.
+      targets: mean rewards to aim at, the plan's shifts above the base's mean.
       edges: boundaries between return tokens; [R - 1].
       held_out: windows of held-out text; the loss is over their last T characters; [N, W].
     """
@@ -93,8 +93,7 @@ class TextProblem(NamedTuple):
     prompt: jax.Array
     plan: TextPlan
     drawn: Drawn
-    betas: tuple[float, ...]
-    thresholds: tuple[float, ...]
+    targets: tuple[float, ...]
     edges: np.ndarray
     held_out: np.ndarray
 
@@ -160,52 +159,24 @@ def score(policy: Policy, prompt: jax.Array, tokens: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)[: len(rows) - padding].reshape(tokens.shape[:2])
 
 
-def tilt_to_mean(reward: np.ndarray, mean: float) -> float:
-    """The inverse temperature at which the tilted sample means, averaged over prompts, reach a given mean.
+def flat_samples(drawn: Drawn, log_tuned: np.ndarray, log_base: np.ndarray) -> Samples:
+    """Samples [P, M] as flat columns, with prompt numbers where there are several prompts.
 
     Args:
-      reward: samples of the base; [P, M].
-      mean: below the average of the largest rewards.
+      drawn: completions.
+      log_tuned: nats; [P, M].
+      log_base: nats; [P, M].
 
     Returns:
-      lambda = 1/beta, per unit of reward.
+      The samples; P * M of them.
     """
-
-    def tilted(lam: float) -> float:
-        weight = np.exp(lam * (reward - reward.max(1, keepdims=True)))
-        return float(np.mean((weight * reward).sum(1) / weight.sum(1)))
-
-    high = 1.0 / reward.std()
-    while tilted(high) < mean and high < 1e6:
-        high *= 2.0
-    low = 0.0
-    for _ in range(80):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if tilted(middle) < mean else (low, middle)
-    return 0.5 * (low + high)
-
-
-def _rounded(x: float) -> float:
-    """Six significant digits: knob values must survive a round trip through text."""
-    return float(f"{x:.6g}")
-
-
-def _targets(reward: np.ndarray, shifts: tuple[float, ...]) -> list[float]:
-    """Mean rewards to aim at: the shifts, but at most nine tenths of the way to the largest reward seen."""
-    top = reward.max(1).mean() - reward.mean()
-    return [float(reward.mean() + min(s * reward.std(), 0.9 * top)) for s in shifts]
-
-
-def _thresholds(reward: np.ndarray, targets: list[float], rarest: float) -> tuple[float, ...]:
-    """Levels whose tail mean is closest to each target, among those that a share `rarest` of samples reach."""
-    values = np.unique(reward)
-    values = values[[np.mean(reward >= v) >= rarest for v in values]]
-    tail = np.array([reward[reward >= v].mean() for v in values])
-    return tuple(dict.fromkeys(float(values[np.argmin(np.abs(tail - t))]) for t in targets))
+    prompt = np.repeat(np.arange(len(drawn.reward)), drawn.reward.shape[1])
+    one = len(drawn.reward) == 1
+    return Samples(drawn.reward.ravel(), log_tuned.ravel(), log_base.ravel(), None if one else prompt)
 
 
 def _edges(reward: np.ndarray) -> np.ndarray:
-    """At most `RETURN_TOKENS - 2` return tokens, finer towards high rewards; boundaries lie between levels."""
+    """At most `RETURN_TOKENS - 2` return tokens, finer towards high rewards, split between levels."""
     values = np.unique(reward)
     middles = 0.5 * (values[1:] + values[:-1])
     below = np.array([np.mean(reward < m) for m in middles])
@@ -216,7 +187,7 @@ def _edges(reward: np.ndarray) -> np.ndarray:
 def make_problem(
     corpus: Corpus, reward: TextReward, plan: TextPlan, folder: Path | None, seed: int, progress: Progress
 ) -> TextProblem:
-    """Train or load the base model, sample it, and choose the knobs from its rewards.
+    """Train or load the base model, sample it, and choose mean rewards to aim at.
 
     Args:
       corpus: the text.
@@ -243,10 +214,9 @@ def make_problem(
     drawn = draw(base.policy, scorer, prompt, key, total=plan.num_base, horizon=plan.horizon)
     if np.ptp(drawn.reward) == 0:
         raise BadReward(
-            f"{reward.name}: all {drawn.reward.size} completions of the base model score {drawn.reward.flat[0]:g}; "
-            f"use words or patterns that occur within {plan.horizon} characters of {corpus.name}"
+            f"{reward.name}: all {drawn.reward.size} completions of the base model score "
+            f"{drawn.reward.flat[0]:g}; use words or patterns that are common in {corpus.name}"
         )
-    targets = _targets(drawn.reward, plan.shifts)
     return TextProblem(
         corpus=corpus,
         base=base,
@@ -255,40 +225,7 @@ def make_problem(
         prompt=prompt,
         plan=plan,
         drawn=drawn,
-        betas=tuple(_rounded(1.0 / tilt_to_mean(drawn.reward, t)) for t in targets),
-        thresholds=_thresholds(drawn.reward, targets, 1.0 / plan.per_prompt),
+        targets=targets(drawn.reward, plan.shifts),
         edges=_edges(drawn.reward),
         held_out=corpus.held_out_windows(256, context + plan.horizon),
     )
-
-
-def _best_of(reward: np.ndarray, n: int) -> float:
-    """Mean of the best of n, from the empirical law of each prompt's rewards."""
-    ordered = np.sort(reward, axis=1)
-    share = np.arange(1, ordered.shape[1] + 1) / ordered.shape[1]
-    return float(np.mean(ordered @ np.diff(share**n, prepend=0.0)))
-
-
-def knob_values(method: Method, problem: TextProblem) -> list[float]:
-    """The settings of a method's knob that aim at the plan's mean rewards.
-
-    Args:
-      method: from the catalogue.
-      problem: with samples of the base.
-
-    Returns:
-      Temperatures, thresholds, tail shares, numbers of draws, or numbers of steps (early stopping).
-    """
-    reward, plan = problem.drawn.reward, problem.plan
-    if method.knob == "quantile":
-        return list(problem.thresholds)
-    if method.knob == "fraction":
-        return [_rounded(float(np.mean(reward >= t))) for t in problem.thresholds]
-    if method.knob == "n":
-        sizes = range(2, max(2, plan.per_prompt // 2) + 1)
-        means = np.array([_best_of(reward, n) for n in sizes])
-        targets = _targets(reward, plan.shifts)
-        return list(dict.fromkeys(float(sizes[int(np.argmin(np.abs(means - t)))]) for t in targets))
-    if method.knob == "steps":
-        return [float(max(1, plan.steps // 3)), float(plan.steps)]
-    return list(dict.fromkeys(problem.betas))

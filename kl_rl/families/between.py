@@ -16,10 +16,13 @@ __all__ = ["alpha_divergence"]
 def alpha_divergence(
     alpha: jax.Array | float, *, optimizer: optax.GradientTransformation, memory: float = 0.95
 ) -> Algorithm:
-    """On-policy descent of ``D_alpha(p* || q)`` with a running log Z (alpha-DPG, arXiv 2512.05962; Go et al. 2023, arXiv 2302.08215).
+    """On-policy descent of ``D_alpha(p* || q)`` with a running log Z (alpha-DPG, arXiv 2512.05962; Go et al.
 
-    log Z is tracked by an exponential average of the batch means of ``p0 l / q`` (unbiased for Z). Fixed point: p*_beta for every alpha in a class that holds it;
-    in a smaller class alpha chooses between covering p* and seeking its modes.
+    2023, arXiv 2302.08215).
+
+    log Z is tracked by an exponential average of the batch means of ``p0 l / q`` (unbiased for Z). Fixed
+    point: p*_beta for every alpha in a class that holds it; in a smaller class alpha chooses between covering
+    p* and seeking its modes.
 
     Args:
       alpha: in [0, 1]; may be traced.
@@ -27,7 +30,8 @@ def alpha_divergence(
       memory: decay of the running average.
 
     Returns:
-      Algorithm; needs K >= 2 and soft evidence. ``State.extra`` is (running Z scaled by its age, age), in logs.
+      Algorithm; needs K >= 2 and soft evidence. ``State.extra`` is (running Z scaled by its age, age), in
+      logs.
     """
 
     def loss(scored, evidence, extra):
@@ -43,5 +47,9 @@ def alpha_divergence(
     dtype = jnp.result_type(float)
     nothing = (jnp.asarray(-jnp.inf, dtype), jnp.asarray(-jnp.inf, dtype))
     return gradient_algorithm(
-        loss, optimizer=optimizer, extra=Extra(lambda policy: nothing, track), min_samples=2, soft_evidence=True
+        loss,
+        optimizer=optimizer,
+        extra=Extra(lambda policy: nothing, track),
+        min_samples=2,
+        soft_evidence=True,
     )

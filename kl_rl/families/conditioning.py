@@ -1,6 +1,7 @@
 """Conditioning on the return: one conditional policy for every return at once, and a return prior at test time.
 
-Exact conditioning with any return prior has C = 0; with the exponentially tilted prior ``pi(R) ~ p0(R) e^{R/beta}`` it is p*_beta itself.
+Exact conditioning with any return prior has C = 0; with the exponentially tilted prior ``pi(R) ~ p0(R)
+e^{R/beta}`` it is p*_beta itself.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ = ["ReturnCounts", "decision_transformer", "greatest_return", "tilted_re
 class ReturnCounts(NamedTuple):
     """How often each return token was seen in samples of p0, and the log of its summed evidence; [R] each."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     log_evidence: jax.Array
 
 
@@ -44,9 +45,12 @@ def greatest_return(counts: ReturnCounts, evidence: Evidence) -> jax.Array:
 
 
 def top_quantile(fraction: jax.Array | float) -> ReturnPrior:
-    """The base's own returns, restricted to their upper ``fraction`` (the boundary token in part): quantile tokens as in
-    Quark (Lu et al. 2022, arXiv 2205.13636). Equals the quantilizer of Taylor 2015: KL(q || p0) = log 1/fraction.
-    """  # noqa: D205
+    """The base's own returns, restricted to their upper ``fraction`` (the boundary token in part).
+
+    Quantile tokens as in
+    Quark (Lu et al. 2022, arXiv 2205.13636). Equals the quantilizer of Taylor 2015: KL(q || p0) = log
+    1/fraction.
+    """
 
     def prior(counts: ReturnCounts, evidence: Evidence) -> jax.Array:
         share = counts.count / jnp.maximum(jnp.sum(counts.count), 1.0)
@@ -63,7 +67,7 @@ def _relabel(batch: Trajectories, edges: jax.Array, first_token: int) -> Traject
     label = first_token + jnp.searchsorted(edges, batch.reward, side="right")
     prompt = jnp.broadcast_to(batch.prompt[:, None], (num_prompts, num_samples, batch.prompt.shape[-1]))
     prompt = prompt.at[..., 0].set(label.astype(prompt.dtype))
-    flat = lambda x: x.reshape(num_prompts * num_samples, 1, *x.shape[2:])  # noqa: E731
+    flat = lambda x: x.reshape(num_prompts * num_samples, 1, *x.shape[2:])
     return Trajectories(prompt.reshape(num_prompts * num_samples, -1), *(flat(leaf) for leaf in batch[1:]))
 
 
@@ -76,12 +80,14 @@ def decision_transformer(
 ) -> Algorithm:
     """Return-conditioned imitation (Chen et al. 2021, arXiv 2106.01345; Kumar et al. 2019, arXiv 1912.13465).
 
-    Hindsight relabelling: every sample of p0 is evidence for its own return. Fixed point of the conditional model: p0(y | R). The deployed policy is
+    Hindsight relabelling: every sample of p0 is evidence for its own return. Fixed point of the conditional
+      model: p0(y | R). The deployed policy is
     the mixture over return tokens under the return prior, one policy with an exact log-probability.
 
     Args:
       optimizer: for the policy.
-      edges: ascending boundaries between return tokens; token i covers ``edges[i-1] <= r < edges[i]``; [R - 1].
+      edges: ascending boundaries between return tokens; token i covers ``edges[i-1] <= r < edges[i]``; [R -
+        1].
       first_token: id of return token 0; the network must embed ids up to ``first_token + R - 1``.
       return_prior: ``tilted_returns``, ``greatest_return`` or ``top_quantile(fraction)``.
 
@@ -100,7 +106,8 @@ def decision_transformer(
         evidence = jnp.where(label > 0, scored.log_evidence[..., None], -jnp.inf).reshape(-1, size)
         fresh = jax.nn.logsumexp(evidence, axis=0).astype(counts.log_evidence.dtype)
         return ReturnCounts(
-            counts.count + label.sum((0, 1)).astype(counts.count.dtype), jnp.logaddexp(counts.log_evidence, fresh)
+            counts.count + label.sum((0, 1)).astype(counts.count.dtype),
+            jnp.logaddexp(counts.log_evidence, fresh),
         )
 
     def empty(policy: Policy) -> ReturnCounts:

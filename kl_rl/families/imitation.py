@@ -19,8 +19,9 @@ __all__ = ["best_of_n", "expert_iteration", "filtered", "reward_weighted"]
 def filtered(*, optimizer: optax.GradientTransformation) -> Algorithm:
     """Imitate the samples of p0 that pass a threshold (filtered behaviour cloning, rejection fine-tuning).
 
-    Weight ``1[r >= tau]``, not normalized: the expected gradient is ``Z(x)`` times that of ``KL(p0(.|r >= tau) || q)``, at any K. Fixed point:
-    p0 conditioned on r >= tau, so C = 0. A batch in which nothing passes has zero weights and changes nothing (``Info.ess = 0``).
+    Weight ``1[r >= tau]``, not normalized: the expected gradient is ``Z(x)`` times that of ``KL(p0(.|r >=
+    tau) || q)``, at any K. Fixed point: p0 conditioned on r >= tau, so C = 0. A batch in which nothing passes
+    has zero weights and changes nothing (``Info.ess = 0``).
 
     Args:
       optimizer: for the policy.
@@ -39,8 +40,8 @@ def filtered(*, optimizer: optax.GradientTransformation) -> Algorithm:
 def reward_weighted(*, optimizer: optax.GradientTransformation, per_prompt: bool = False) -> Algorithm:
     """Reward-weighted regression (Peters and Schaal 2007): imitate p0 with weights ``exp(r/beta) p0 / behaviour``.
 
-    Weights are normalized over the whole batch, or over the K samples of each prompt (``per_prompt``: biased at finite K, p* is then not a fixed
-    point, T4.6). Fixed point, as the batch grows: p*_beta.
+    Weights are normalized over the whole batch, or over the K samples of each prompt (``per_prompt``: biased
+    at finite K, p* is then not a fixed point, T4.6). Fixed point, as the batch grows: p*_beta.
 
     Args:
       optimizer: for the policy.
@@ -72,8 +73,8 @@ def _best_of_n_loss(n):
 def best_of_n(n: jax.Array | float, *, optimizer: optax.GradientTransformation) -> Algorithm:
     """Distil best-of-n: imitate the best of n samples of p0, averaged over all n-subsets of the K drawn.
 
-    Unbiased at any K >= n for the exact tie-aware law ``p0(y) (F^n - F-^n) / (F - F-)`` (Beirami et al. 2024, arXiv 2401.01879), which is the fixed
-    point; C = 0. The evidence of the posterior is not read.
+    Unbiased at any K >= n for the exact tie-aware law ``p0(y) (F^n - F-^n) / (F - F-)`` (Beirami et al. 2024,
+    arXiv 2401.01879), which is the fixed point; C = 0. The evidence of the posterior is not read.
 
     Args:
       n: draws per prompt; may be traced.
@@ -97,8 +98,9 @@ def expert_iteration(
 ) -> Algorithm:
     """Iterated best-of-n distillation (expert iteration; Anthony et al. 2017, arXiv 1705.08439).
 
-    Samples come from a frozen copy of the policy, renewed every ``refresh`` steps. Target of round j: best-of-n of round j - 1's policy, hence p0 times a
-    function of r (C = 0) as long as every round is fitted exactly; errors of the rounds add up and nothing pulls back to p0.
+    Samples come from a frozen copy of the policy, renewed every ``refresh`` steps. Target of round j:
+    best-of-n of round j - 1's policy, hence p0 times a function of r (C = 0) as long as every round is fitted
+    exactly; errors of the rounds add up and nothing pulls back to p0.
 
     Args:
       n: draws per prompt; may be traced.
@@ -111,7 +113,9 @@ def expert_iteration(
 
     def renew(frozen: Frozen, state: State, scored, batch) -> Frozen:
         due = frozen.age >= refresh
-        params = jax.tree.map(lambda new, old: jnp.where(due, new, old), state.policy.params, frozen.policy.params)
+        params = jax.tree.map(
+            lambda new, old: jnp.where(due, new, old), state.policy.params, frozen.policy.params
+        )
         return Frozen(frozen.policy.with_params(params), jnp.where(due, 0, frozen.age) + 1)
 
     def frozen_policy(state: State, posterior: Posterior) -> Policy:

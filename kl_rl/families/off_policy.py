@@ -1,6 +1,7 @@
 """Off-policy RL: squared residuals that vanish at p* whatever the samples' law, so replay and logged data are sound.
 
-One residual generates the family: ``Delta_ij = log_twist_i + sum_{i<=t<j} (log q - log p0)_t - log_twist_j``, with the evidence as last twist.
+One residual generates the family: ``Delta_ij = log_twist_i + sum_{i<=t<j} (log q - log p0)_t - log_twist_j``,
+with the evidence as last twist.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ __all__ = ["path_consistency", "subtrajectory_balance", "trajectory_balance", "v
 
 
 def vargrad(*, optimizer: optax.GradientTransformation) -> Algorithm:
-    """Log-variance loss (Richter et al. 2020, arXiv 2010.10436): no log Z, no critic. Fixed point: p*_beta, from any covering samples.
+    """Log-variance loss (Richter et al. 2020, arXiv 2010.10436): no log Z, no critic.
+
+    Fixed point: p*_beta, from any covering samples.
 
     Args:
       optimizer: for the policy.
@@ -34,11 +37,17 @@ def vargrad(*, optimizer: optax.GradientTransformation) -> Algorithm:
 
 
 def trajectory_balance(
-    *, optimizer: optax.GradientTransformation, twist: Policy, twist_optimizer: optax.GradientTransformation | None = None
+    *,
+    optimizer: optax.GradientTransformation,
+    twist: Policy,
+    twist_optimizer: optax.GradientTransformation | None = None,
 ) -> Algorithm:
-    """Trajectory balance with learned log Z (Malkin et al. 2022, arXiv 2201.13259), relative to p0 (= Trust-PCL on full paths).
+    """Trajectory balance with learned log Z (Malkin et al.
 
-    The learned log Z is the twist of the empty prefix: one number (``models.constant_twist``) or a function of the prompt. Fixed point: p*_beta.
+    2022, arXiv 2201.13259), relative to p0 (= Trust-PCL on full paths).
+
+    The learned log Z is the twist of the empty prefix: one number (``models.constant_twist``) or a function
+      of the prompt. Fixed point: p*_beta.
 
     Args:
       optimizer: for the policy.
@@ -65,7 +74,9 @@ def subtrajectory_balance(
     decay: jax.Array | float = 1.0,
     twist_optimizer: optax.GradientTransformation | None = None,
 ) -> Algorithm:
-    """Sub-trajectory balance (lambda) (Madan et al. 2023, arXiv 2209.12782): all sub-paths, weighted ``decay**length``. Fixed point: p*_beta.
+    """Sub-trajectory balance (lambda) (Madan et al.
+
+    2023, arXiv 2209.12782): all sub-paths, weighted ``decay**length``. Fixed point: p*_beta.
 
     Args:
       optimizer: for the policy.
@@ -95,7 +106,9 @@ def path_consistency(
     window: int = 1,
     twist_optimizer: optax.GradientTransformation | None = None,
 ) -> Algorithm:
-    """Path consistency learning (Nachum et al. 2017, arXiv 1702.08892; window 1 is soft Q-learning's residual). Fixed point: p*_beta.
+    """Path consistency learning (Nachum et al. 2017, arXiv 1702.08892; window 1 is soft Q-learning's residual).
+
+    Fixed point: p*_beta.
 
     Args:
       optimizer: for the policy.

@@ -15,7 +15,8 @@ __all__ = ["dpo", "ipo"]
 def dpo(*, optimizer: optax.GradientTransformation) -> Algorithm:
     """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290).
 
-    Fixed point under Bradley-Terry comparisons of r with full coverage: p*_beta. Finite pairs fix l only on the components of the comparison graph.
+    Fixed point under Bradley-Terry comparisons of r with full coverage: p*_beta. Finite pairs fix l only on
+    the components of the comparison graph.
 
     Args:
       optimizer: for the policy.
@@ -36,7 +37,8 @@ def dpo(*, optimizer: optax.GradientTransformation) -> Algorithm:
 def ipo(*, optimizer: optax.GradientTransformation) -> Algorithm:
     """Identity preference optimization (Azar et al. 2023, arXiv 2310.12036), sums over tokens.
 
-    Fixed point with full coverage by pairs of p0: ``p0 exp(w / beta)`` with ``w(y) = P(y beats a sample of p0)``, a function of r, so C = 0; 1/beta in nats.
+    Fixed point with full coverage by pairs of p0: ``p0 exp(w / beta)`` with ``w(y) = P(y beats a sample of
+      p0)``, a function of r, so C = 0; 1/beta in nats.
 
     Args:
       optimizer: for the policy.

@@ -1,4 +1,7 @@
-"""RLHF: on-policy reverse KL to p*. The KL to p0 sits in the reward (k1, detached), where its gradient is right (T1.6)."""
+"""RLHF: on-policy reverse KL to p*.
+
+The KL to p0 sits in the reward (k1, detached), where its gradient is right (T1.6).
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,10 @@ stop = jax.lax.stop_gradient
 def reinforce(*, optimizer: optax.GradientTransformation, kl_weight: float = 1.0) -> Algorithm:
     """REINFORCE with leave-one-out baseline (RLOO; Ahmadian et al. 2024, arXiv 2402.14740).
 
-    Advantage: leave-one-out of ``r/beta - kl_weight (log q - log p0)``. Fixed point: p*_beta (at kl_weight 1, in a class that holds it).
-    With ``kl_weight = 0`` nothing but early stopping holds the policy back, and the fixed point is the set of maximizers of r.
+    Advantage: leave-one-out of ``r/beta - kl_weight (log q - log p0)``. Fixed point: p*_beta (at kl_weight 1,
+      in a class that holds it).
+    With ``kl_weight = 0`` nothing but early stopping holds the policy back, and the fixed point is the set of
+    maximizers of r.
 
     Args:
       optimizer: for the policy.
@@ -48,8 +53,9 @@ def ppo(
 ) -> Algorithm:
     """PPO with a critic (Schulman et al. 2017, arXiv 1707.06347; in RLHF: Ouyang et al. 2022, arXiv 2203.02155).
 
-    Token rewards are ``-(log behaviour - log p0)_t``, as recorded, and ``r/beta`` at the end; the critic is the twist head, whose target is
-    the GAE return. Fixed point: p*_beta, where the critic equals the log-twist, i.e. soft value / beta.
+    Token rewards are ``-(log behaviour - log p0)_t``, as recorded, and ``r/beta`` at the end; the critic is
+    the twist head, whose target is the GAE return. Fixed point: p*_beta, where the critic equals the
+    log-twist, i.e. soft value / beta.
 
     Args:
       optimizer: for policy and critic.
@@ -79,11 +85,13 @@ def ppo(
 
 
 def grpo(*, optimizer: optax.GradientTransformation, clip: float = 0.2, epochs: int = 1) -> Algorithm:
-    """GRPO: rewards normalized by group mean and standard deviation (Shao et al. 2024, arXiv 2402.03300), KL as k2 in the loss.
+    """GRPO: rewards normalized by group mean and standard deviation (Shao et al.
 
-    The paper's k3 in the loss follows the *forward* KL; k2 has the gradient of KL(q||p0) (T1.6). Normalization divides the reward by its
-    spread, so as K grows the fixed point is the tilt at ``beta_x = beta * std_q(r | x)`` with beta read as a pure number:
-    C = 0, but a different temperature for each prompt.
+    2024, arXiv 2402.03300), KL as k2 in the loss.
+
+    The paper's k3 in the loss follows the *forward* KL; k2 has the gradient of KL(q||p0) (T1.6).
+    Normalization divides the reward by its spread, so as K grows the fixed point is the tilt at ``beta_x =
+    beta * std_q(r | x)`` with beta read as a pure number: C = 0, but a different temperature for each prompt.
 
     Args:
       optimizer: for the policy.

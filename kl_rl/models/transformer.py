@@ -1,7 +1,7 @@
 """A small decoder-only transformer in flax.nnx: pre-norm, learned positions, tied scorer and sampler paths.
 
-Inputs are ``[prompt, tokens]``; the prompt has at least one token (a begin mark, or a return token in its place), so that
-row t of the output depends on the prompt and on ``tokens[:t]`` only.
+Inputs are ``[prompt, tokens]``; the prompt has at least one token (a begin mark, or a return token in its
+place), so that row t of the output depends on the prompt and on ``tokens[:t]`` only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, allowed: jax.Arra
 
     Heads are moved in front of time, so that the products are plain batched matrix multiplications.
     """
-    to_heads = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731  [B, H, S, D]
+    to_heads = lambda x: jnp.swapaxes(x, 1, 2)
     query, key, value = to_heads(query), to_heads(key), to_heads(value)
     scores = query @ jnp.swapaxes(key, -1, -2) * (query.shape[-1] ** -0.5)
     scores = jnp.where(allowed[None, None], scores, jnp.finfo(scores.dtype).min)
@@ -36,15 +36,15 @@ class Block(nnx.Module):
         self.heads = heads
         self.norm1 = nnx.LayerNorm(width, rngs=rngs, param_dtype=jnp.result_type(float))
         self.norm2 = nnx.LayerNorm(width, rngs=rngs, param_dtype=jnp.result_type(float))
-        dense = lambda i, o: nnx.Linear(i, o, rngs=rngs, param_dtype=jnp.result_type(float))  # noqa: E731
+        dense = lambda i, o: nnx.Linear(i, o, rngs=rngs, param_dtype=jnp.result_type(float))
         self.qkv, self.out = dense(width, 3 * width), dense(width, width)
         self.up, self.down = dense(width, 4 * width), dense(4 * width, width)
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, ...]:
+    def project(self, x: jax.Array) -> list[jax.Array]:
         """Queries, keys and values, each [B, S, H, D]."""
         qkv = self.qkv(self.norm1(x))
         shape = (*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
-        return tuple(part.reshape(shape) for part in jnp.split(qkv, 3, axis=-1))
+        return [part.reshape(shape) for part in jnp.split(qkv, 3, axis=-1)]
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Residual additions of attention [B, S, H, D] and feed-forward."""
@@ -80,8 +80,12 @@ class Transformer(nnx.Module):
     ):
         dtype = jnp.result_type(float)
         init = nnx.initializers.normal(0.02)
-        self.embed = nnx.Embed(vocab + extra, width, embedding_init=init, rngs=rngs, param_dtype=dtype, dtype=dtype)
-        self.position = nnx.Embed(context, width, embedding_init=init, rngs=rngs, param_dtype=dtype, dtype=dtype)
+        self.embed = nnx.Embed(
+            vocab + extra, width, embedding_init=init, rngs=rngs, param_dtype=dtype, dtype=dtype
+        )
+        self.position = nnx.Embed(
+            context, width, embedding_init=init, rngs=rngs, param_dtype=dtype, dtype=dtype
+        )
         self.blocks = nnx.List([Block(width, heads, rngs=rngs) for _ in range(layers)])
         self.norm = nnx.LayerNorm(width, rngs=rngs, param_dtype=dtype)
         self.head = nnx.Linear(width, outputs or vocab, kernel_init=init, rngs=rngs, param_dtype=dtype)
@@ -92,7 +96,8 @@ class Transformer(nnx.Module):
         x = self.embed(ids) + self.position(jnp.arange(length))[None]
         causal = jnp.tril(jnp.ones((length, length), bool))
         for block in self.blocks:
-            x = block.finish(x, attend(*block.project(x), causal))
+            query, key, value = block.project(x)
+            x = block.finish(x, attend(query, key, value, causal))
         return self.head(self.norm(x))
 
     def __call__(self, prompt: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -156,7 +161,10 @@ def transformer_policy(key: jax.Array, vocab: int, **options: Any) -> Policy:
 
 
 def transformer_twist(key: jax.Array, vocab: int, **options: Any) -> Policy:
-    """A freshly initialized twist head: ``apply(params, prompt [..., L], tokens [..., T]) -> log_twist [..., T + 1]``, in nats."""
+    """A freshly initialized twist head.
+
+    ``apply(params, prompt [..., L], tokens [..., T]) -> log_twist [..., T + 1]``, in nats.
+    """
     return from_nnx(_Twist(Transformer(vocab, outputs=1, rngs=nnx.Rngs(key), **options)))
 
 

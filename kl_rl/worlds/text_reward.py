@@ -18,7 +18,16 @@ import numpy as np
 
 from kl_rl.automaton import Automaton, automaton_reward
 
-__all__ = ["FINEST", "BadReward", "LexiconScorer", "PatternScorer", "TextReward", "in_word", "normalized"]
+__all__ = [
+    "FINEST",
+    "BadReward",
+    "LexiconScorer",
+    "PatternScorer",
+    "TextReward",
+    "in_word",
+    "normalized",
+    "words_in",
+]
 
 # Totals are rounded to this when nothing coarser is asked for, so that equal scores are equal numbers.
 FINEST = 1e-4
@@ -67,19 +76,9 @@ class TextReward:
             total = sum(w * sum(m.end() > m.start() for m in found) for w, found in hits)
         else:
             weight = dict(self.words)
-            total = sum(weight.get(word, 0.0) for word in self._closed_words(text, context))
+            total = sum(weight.get(word, 0.0) for word in words_in(text, context, case=self.case))
         total = self.unit * round(total / self.unit)
         return total if self.clip is None else max(-self.clip, min(self.clip, total))
-
-    def _closed_words(self, text: str, context: str) -> list[str]:
-        """Words that end inside the completion and before its last character."""
-        whole, end, words = context + text, 0, []
-        for inside, run in itertools.groupby(whole, in_word):
-            letters = "".join(run)
-            end += len(letters)
-            if inside and len(context) <= end < len(whole):
-                words.append(normalized(letters, self.case))
-        return words
 
     def compile(self, alphabet: str) -> LexiconScorer | PatternScorer:
         """The reward as a jittable function of token ids: ``(prompt, tokens, mask) -> reward``.
@@ -114,6 +113,26 @@ def _fold(character: str, case: bool) -> str:
 def normalized(word: str, case: bool) -> str:
     """A word without outer apostrophes and, unless `case`, in lower case where that is one letter."""
     return "".join(_fold(c, case) for c in word).strip("'")
+
+
+def words_in(text: str, context: str = "", *, case: bool = False) -> list[str]:
+    """Normalized words that end inside a text and before its last character.
+
+    Args:
+      text: the completion.
+      context: what stands before it; a word may begin there.
+      case: whether case is kept.
+
+    Returns:
+      The words in order.
+    """
+    whole, end, words = context + text, 0, []
+    for inside, run in itertools.groupby(whole, in_word):
+        letters = "".join(run)
+        end += len(letters)
+        if inside and len(context) <= end < len(whole):
+            words.append(normalized(letters, case))
+    return words
 
 
 def _automaton(reward: TextReward, alphabet: str) -> Automaton:

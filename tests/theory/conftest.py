@@ -178,4 +178,6 @@ def pytest_runtest_logreport(report) -> None:
 def pytest_terminal_summary(terminalreporter) -> None:
     """One line: how much of the theory this run has checked."""
     stated = {name for path in NOTES.glob("*.md") for name in HEADING.findall(path.read_text("utf-8"))}
-    terminalreporter.write_line(f"theorems checked: {len(checked & stated)} (of {len(stated)} in theory_notes)")
+    terminalreporter.write_line(
+        f"theorems checked: {len(checked & stated)} (of {len(stated)} in theory_notes)"
+    )

@@ -1,4 +1,4 @@
-"""Note 1, second half: expected gradients as sums over all tuples of strings, and the law of the best of n."""
+"""Note 1, second half: expected gradients as sums over all tuples of strings; the law of the best of n."""
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,9 @@ def test_off_policy_the_leave_one_out_gradient_is_that_of_the_log_variance(table
 
     def half_variance(log_q):
         delta = log_q - target
-        return 0.5 * exact.expectation(table.log_base, (delta - exact.expectation(table.log_base, delta)) ** 2)
+        return 0.5 * exact.expectation(
+            table.log_base, (delta - exact.expectation(table.log_base, delta)) ** 2
+        )
 
     variance, divergence = table.gradient(half_variance), table.gradient(reverse_kl(table))
     losses = on_policy_objectives(table)
@@ -167,6 +169,7 @@ def test_k3_in_the_loss_has_the_fixed_point_beta_p0_over_lambda_minus_r(beta, di
     def expected_gradient(logits):
         def total(logits):
             log_q = jax.nn.log_softmax(logits)
+
             def sampled(index):
                 gain = objectives.score_function(log_q[index], reward[index])
                 return jnp.sum(gain + beta * kl.k3(log_q[index], log_base[index]))
@@ -249,9 +252,24 @@ def test_alpha_divergence_gradient(tiny, alpha):
 
 
 @pytest.mark.theorem("T1.8")
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_an_error_in_log_z_only_rescales_the_alpha_gradient(tiny, alpha):
+    """log Z wrong by e multiplies the expected gradient by exp(-alpha e)."""
+
+    def objective(log_q, index):
+        log_weight = tiny.log_posterior[index][None] - log_q - 0.3
+        return objectives.alpha_divergence(log_q, log_weight, alpha=alpha)
+
+    scale = np.exp(-0.3 * alpha)
+    close(tiny.expected_gradient(objective), scale * tiny.gradient(alpha_divergence_value(tiny, alpha)))
+
+
+@pytest.mark.theorem("T1.8")
 def test_alpha_divergence_tends_to_the_two_kls(tiny):
     """The error at distance h from either end is of order h."""
     for end, inward in ((0, 1), (1, -1)):
         limit = alpha_divergence_value(tiny, end)(tiny.log_q)
-        error = [abs(alpha_divergence_value(tiny, end + inward * h)(tiny.log_q) - limit) for h in (1e-3, 1e-4)]
+        error = [
+            abs(alpha_divergence_value(tiny, end + inward * h)(tiny.log_q) - limit) for h in (1e-3, 1e-4)
+        ]
         assert_allclose(error[0] / error[1], 10.0, rtol=0.02)

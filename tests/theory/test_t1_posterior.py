@@ -90,7 +90,7 @@ def test_moments_by_dynamic_programming(tiny):
 
 
 def optimal_twist(tiny, prefixes):
-    """log psi_t at every prefix, from its definition E_{p0}[l | prefix]; [N, T + 1], and p0, p0 l of prefixes."""
+    """log psi_t at every prefix by its definition E_{p0}[l | prefix], [N, T + 1]; p0 and p0 l of prefixes."""
     base, base_child = prefixes(tiny, tiny.log_base)
     weighted, weighted_child = prefixes(tiny, tiny.log_base + tiny.log_evidence)
     before_end = np.pad(np.log(weighted / base), ((0, 0), (0, 1)))
@@ -163,7 +163,9 @@ def test_single_step_residuals_have_no_other_zero(smallest, prefixes, seed):
     strings, log_base = smallest.strings, smallest.log_base
     base, base_child = prefixes(smallest, log_base)
     log_p0 = jnp.log(jnp.take_along_axis(base_child, strings.tokens[..., None], -1)[..., 0] / base)
-    codes = [np.unique(np.asarray(strings.tokens[:, :t]), axis=0, return_inverse=True)[1].ravel() for t in range(3)]
+    codes = [
+        np.unique(np.asarray(strings.tokens[:, :t]), axis=0, return_inverse=True)[1].ravel() for t in range(3)
+    ]
     row = jnp.asarray(np.stack([codes[t] + 2**t - 1 for t in range(3)], axis=1))  # 7 prefixes; [8, 3]
 
     def residuals(x):
@@ -188,7 +190,7 @@ def test_single_step_residuals_have_no_other_zero(smallest, prefixes, seed):
 
 @pytest.mark.theorem("C1.2")
 def test_without_the_boundary_value_every_policy_is_consistent(tiny, prefixes):
-    """The twist 'sum of log q - log p0 so far' makes all residuals of any q vanish: only l at the end forbids it."""
+    """With the twist 'sum of log q - log p0 so far' all residuals vanish for any q, unless it must end at l."""
     ratio = token_log_ratio(tiny, tiny.log_q, prefixes)
     free = jnp.concatenate([jnp.zeros_like(ratio[:, :1]), jnp.cumsum(ratio, axis=-1)], axis=-1)
     loss = objectives.subtrajectory_balance(ratio, free, tiny.strings.mask, decay=1.0)

@@ -78,7 +78,9 @@ def test_split_for_any_statistic(random_pair, groups):
 def noisy_split(q, p, kernel):
     """KL(q(t)||p(t)) and E_{t~q} KL(q(y|t)||p(y|t)) when t is drawn from kernel[y]."""
     q_t, p_t = q @ kernel, p @ kernel
-    return kl(q_t, p_t), sum(w * kl(q * k / a, p * k / b) for w, k, a, b in zip(q_t, kernel.T, q_t, p_t, strict=True))
+    return kl(q_t, p_t), sum(
+        w * kl(q * k / a, p * k / b) for w, k, a, b in zip(q_t, kernel.T, q_t, p_t, strict=True)
+    )
 
 
 @pytest.mark.theorem("T2.2")
@@ -93,7 +95,9 @@ def zero_set(p, r):
     at_most = np.array([p[r <= x].sum() for x in r])
     below = np.array([p[r < x].sum() for x in r])
     mass = at_most - below
-    prior = dict(zip(np.unique(r), np.random.default_rng(1).dirichlet(np.ones(len(np.unique(r)))), strict=True))
+    prior = dict(
+        zip(np.unique(r), np.random.default_rng(1).dirichlet(np.ones(len(np.unique(r)))), strict=True)
+    )
     kept = np.clip((at_most - 0.6) / mass, 0.0, 1.0)  # top 40 % of p0, the boundary level in part
     return {
         "tilt": p * np.exp(1.7 * r),
@@ -138,7 +142,9 @@ def test_best_of_n_with_ties_broken_by_index_pays_calibration(random_pair, n):
     law[order] = top**n - np.concatenate([[0.0], top[:-1]]) ** n
     assert_allclose(law.sum(), 1.0, rtol=1e-12)
     assert within(jnp.log(law), log_p, levels) > 1e-3
-    constant = exact.Levels(jnp.zeros(1), jnp.zeros(12, jnp.int32))  # even a constant reward costs KL, all of it C
+    constant = exact.Levels(
+        jnp.zeros(1), jnp.zeros(12, jnp.int32)
+    )  # even a constant reward costs KL, all of it C
     top = np.cumsum(np.exp(log_p))
     law = top**n - np.concatenate([[0.0], top[:-1]]) ** n
     assert_allclose(within(jnp.log(law), log_p, constant), kl(law, np.exp(log_p)), rtol=1e-9)
@@ -201,7 +207,7 @@ def test_shape_vanishes_exactly_when_the_reward_marginal_is_a_tilt(random_pair):
 @pytest.mark.theorem("T2.5")
 @pytest.mark.parametrize("beta", [0.3, 2.0])
 def test_distance_to_the_posterior_at_matched_reward(random_pair, beta):
-    """KL(q||p*_beta) = KL(q||p0) - mu/beta + log Z = S + C + a function of mu; at beta_fit that function is 0."""
+    """KL(q||p*_beta) = KL(q||p0) - mu/beta + log Z = S + C + a function of mu, which is 0 at beta_fit."""
     log_q, log_p, reward, levels = random_pair
     result = measure(log_q, log_p, reward, levels, beta)
     assert_allclose(result.kl_q_pstar, result.kl - result.reward / beta + result.log_z, rtol=1e-10)
@@ -213,7 +219,9 @@ def test_distance_to_the_posterior_at_matched_reward(random_pair, beta):
 def test_the_optimum_in_a_small_class_has_the_least_s_plus_c_at_its_reward(smallest):
     """Bigram policies over 8 strings, brute force: none with the same mean reward has a smaller S + C."""
     tokens, p0 = np.asarray(smallest.strings.tokens), np.exp(smallest.log_base)
-    reward = 2.0 * (tokens[:, 0] == tokens[:, 2]) + tokens[:, 1]  # no bigram can match tokens two places apart
+    reward = (
+        2.0 * (tokens[:, 0] == tokens[:, 2]) + tokens[:, 1]
+    )  # no bigram can match tokens two places apart
 
     def laws(first, after_0, after_1):  # probabilities of token 1; [...] -> [..., 8]
         chance = np.stack([after_0, after_1, first])

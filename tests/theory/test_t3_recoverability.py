@@ -1,4 +1,4 @@
-"""Note 3: calibration loss as a projection, what can be recovered by undoing the reward, and what it bounds."""
+"""Note 3: calibration loss as a projection, what undoing the reward recovers, and what it bounds."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from kl_rl import budget, exact
+from kl_rl import budget, exact, queries
 
 measure = jax.jit(budget.budget)
 within = jax.jit(budget.conditional_kl)
@@ -67,7 +67,8 @@ def test_finer_statistics_leave_less_and_nested_ones_attribute_the_kl(random_pai
     q_fine, p_fine = np.bincount(fine, q), np.bincount(fine, p)
     q_coarse, p_coarse = np.bincount(coarse, q), np.bincount(coarse, p)
     second = sum(
-        q_coarse[g] * kl(q_fine[parent == g] / q_coarse[g], p_fine[parent == g] / p_coarse[g]) for g in range(4)
+        q_coarse[g] * kl(q_fine[parent == g] / q_coarse[g], p_fine[parent == g] / p_coarse[g])
+        for g in range(4)
     )
     left = float(within(log_q, log_p, parts))
     assert_allclose(kl(q_coarse, p_coarse) + second + left, kl(q, p), rtol=1e-10)
@@ -77,7 +78,7 @@ def test_finer_statistics_leave_less_and_nested_ones_attribute_the_kl(random_pai
 
 @pytest.mark.theorem("T3.3")
 def test_forward_loss_is_what_no_reweighting_by_the_reward_recovers(random_pair):
-    """KL(p0 || w q / Z_w) = C_fwd + KL(p0(r) || w q (r)) for every w; a convex solve finds the same minimum."""
+    """KL(p0 || w q / Z_w) = C_fwd + KL(p0(r) || w q (r)); a convex solve finds the same minimum."""
     log_q, log_p, reward, levels = random_pair
     p, index = np.exp(log_p), np.asarray(levels.index)
     result = measure(log_q, log_p, reward, levels, 1.0)
@@ -134,6 +135,15 @@ def test_calibration_loss_bounds_every_query(random_pair, noisy):
 
 
 @pytest.mark.theorem("T3.4")
+def test_the_library_query_through_a_common_kernel_obeys_the_bound(random_pair):
+    log_q, log_p, _, levels = random_pair
+    index, kernel = np.asarray(levels.index), np.random.default_rng(4).dirichlet(np.full(3, 0.3), 12)
+    measured = queries.latent_state_tv(np.asarray(log_p), np.asarray(log_q), index, kernel)
+    assert_allclose(measured, query_losses(np.exp(log_q), np.exp(log_p), index, kernel)[0], rtol=1e-10)
+    assert 0.01 < measured <= queries.latent_state_bound(float(within(log_q, log_p, levels)))
+
+
+@pytest.mark.theorem("T3.4")
 def test_the_total_variation_bound_is_sharp_for_small_changes():
     """One level, a fair coin moved by e: TV = e, sqrt(C / 2) = e + O(e^3)."""
     for shift in (0.1, 0.01):
@@ -155,9 +165,22 @@ def test_symmetric_loss_is_symmetric_bounded_and_zero_only_with_c(random_pair):
         by_level += weight * (kl(a, (a + b) / 2) + kl(b, (a + b) / 2)) / 2
     assert_allclose(forth, by_level, rtol=1e-10)
     loss, forward = within(log_q, log_p, levels), within(log_p, log_q, levels)
-    assert 0 < forth < min(np.log(2), (loss + forward) / 2)
+    assert 0 < forth < min(np.log(2), np.log(2) / 4 * (loss + forward))
     star = jnp.log(reweighted(log_p, -1.2 * np.asarray(reward)))
     assert abs(float(symmetric(star, log_p, levels))) < 1e-14
+
+
+@pytest.mark.theorem("T3.5")
+def test_bound_of_the_symmetric_loss_by_the_other_two_is_sharp():
+    """q lives where p0 does not and drops a rare part e of it: C_JS / (C + C_fwd) tends to (log 2) / 4."""
+    levels = exact.Levels(jnp.arange(2.0), jnp.array([0, 0, 1]))
+    ratios = []
+    for rare in (1e-1, 1e-2, 1e-4):
+        log_q = jnp.log(jnp.array([rare**3, 1 - rare**3 - 1e-9, 1e-9]))
+        log_p = jnp.log(jnp.array([1e-9 * rare, 1e-9 * (1 - rare), 1 - 1e-9]))
+        both = within(log_q, log_p, levels) + within(log_p, log_q, levels)
+        ratios.append(float(symmetric(log_q, log_p, levels) / both) / (np.log(2) / 4))
+    assert np.all(np.diff(ratios) > 0) and 0.999 < ratios[-1] < 1
 
 
 @pytest.mark.theorem("T3.5")
@@ -192,8 +215,11 @@ def test_collapse_onto_one_intact_level_hides_the_damage_from_c():
 def test_a_filter_has_no_calibration_loss_and_infinite_forward_loss(random_pair):
     _, log_p, reward, levels = random_pair
     log_q = exact.log_posterior(log_p, jnp.where(reward >= 0.5, 0.0, -jnp.inf))
-    result = measure(log_q, log_p, reward, levels, 1.0)
-    assert abs(float(result.C)) < 1e-14 and result.C_fwd == jnp.inf
     assert_allclose(undo(log_q, log_p, levels), log_q, rtol=1e-12)  # what was kept comes back as in p0
     inside = log_q - exact.level_log_prob(log_q, levels)[levels.index]
-    assert_allclose(inside[reward >= 0.5], (log_p - exact.level_log_prob(log_p, levels)[levels.index])[reward >= 0.5])
+    assert_allclose(
+        inside[reward >= 0.5], (log_p - exact.level_log_prob(log_p, levels)[levels.index])[reward >= 0.5]
+    )
+    result = measure(log_q, log_p, reward, levels, 1.0)
+    assert abs(float(result.C)) < 1e-14
+    assert result.C_fwd == jnp.inf

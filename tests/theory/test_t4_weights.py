@@ -27,7 +27,9 @@ def test_balance_weights_are_unbiased_for_both_laws_and_bounded(seed):
     for index in product(range(4), repeat=5):
         i, j = np.array(index[:2]), np.array(index[2:])
         cells = build_cells(
-            Samples.from_log_ratio(REWARD[i], log_ratio[i]), Samples.from_log_ratio(REWARD[j], log_ratio[j]), "exact"
+            Samples.from_log_ratio(REWARD[i], log_ratio[i]),
+            Samples.from_log_ratio(REWARD[j], log_ratio[j]),
+            "exact",
         )
         given = balance(cells)
         chance = np.prod(q[i]) * np.prod(p[j])
@@ -43,7 +45,10 @@ def test_balance_weights_are_unbiased_for_both_laws_and_bounded(seed):
 def test_balance_losses_are_nonnegative_and_zero_for_a_function_of_the_reward():
     """Whatever the samples: the two weighted pools are laws on the same points."""
     rng = np.random.default_rng(0)
-    for log_ratio, zero in ((np.array([0.7, 0.7, -2.0, -2.0]), True), (np.array([0.7, -0.1, -2.0, 1.0]), False)):
+    for log_ratio, zero in (
+        (np.array([0.7, 0.7, -2.0, -2.0]), True),
+        (np.array([0.7, -0.1, -2.0, 1.0]), False),
+    ):
         for _ in range(20):
             sets = [rng.integers(0, 4, size) for size in (8, 5)]
             cells = build_cells(*(Samples.from_log_ratio(REWARD[i], log_ratio[i]) for i in sets), "exact")
@@ -54,7 +59,7 @@ def test_balance_losses_are_nonnegative_and_zero_for_a_function_of_the_reward():
 
 
 def imitation(log_evidence):
-    """Sum over k of -w_k log q_k with self-normalized weights, in units of expected_gradient's mean over k."""
+    """Sum over k of -w_k log q_k with self-normalized weights (expected_gradient takes the mean over k)."""
 
     def objective(log_q, index):
         weight = weights.self_normalized(log_evidence[index][None])
@@ -80,7 +85,7 @@ def test_soft_evidence_makes_self_normalized_imitation_miss_the_posterior(table)
 @pytest.mark.theorem("T4.6")
 @pytest.mark.parametrize("num_samples", [1, 2, 3])
 def test_its_fixed_point_is_a_flattened_tilt(smallest, num_samples):
-    """E sum_k w_k 1[y_k = y] = K p0(y) E[l(y) / (l(y) + l_2 + .. + l_K)], a function of the reward times p0."""
+    """E sum_k w_k 1[y_k = y] = K p0(y) E[l(y) / (l(y) + l_2 + .. + l_K)]: p0 times a function of r."""
     p, evidence = np.exp(smallest.log_base), np.exp(np.asarray(smallest.log_evidence))
     tuples = np.array(list(product(range(8), repeat=num_samples)))
     weight = jax.jit(weights.self_normalized)(smallest.log_evidence[tuples])
@@ -100,12 +105,14 @@ def test_its_fixed_point_is_a_flattened_tilt(smallest, num_samples):
 @pytest.mark.theorem("T4.6")
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_a_hard_filter_scales_the_gradient_by_the_chance_that_something_passes(tiny, num_samples):
-    """Expected gradient = (1 - (1 - Z)^K) grad KL(p* || q), for any q; samples that all fail give 0, not NaN."""
+    """Expected gradient = (1 - (1 - Z)^K) grad KL(p* || q) for any q; no sample passing gives 0, not NaN."""
     log_l = Threshold(2.0).log_evidence(tiny.reward)
     log_p = exact.log_posterior(tiny.log_base, log_l)
     passing = np.exp(exact.log_partition(tiny.log_base, log_l))
     assert 0.05 < passing < 0.6
     actual = tiny.expected_gradient(imitation(log_l), num_samples=num_samples, log_sampler=tiny.log_base)
-    expected = (1 - (1 - passing) ** num_samples) * tiny.gradient(lambda log_q: exact.kl_divergence(log_p, log_q))
+    expected = (1 - (1 - passing) ** num_samples) * tiny.gradient(
+        lambda log_q: exact.kl_divergence(log_p, log_q)
+    )
     assert_allclose(actual, expected, rtol=1e-9, atol=1e-12)
     assert jnp.all(weights.self_normalized(jnp.full((1, 2), -jnp.inf)) == 0)
