@@ -146,7 +146,7 @@ def reward_levels(reward: np.ndarray | jax.Array, *, tolerance: float = 1e-9) ->
     order = np.argsort(array, kind="stable")
     ascending = array[order]
     gap = np.diff(ascending, prepend=ascending[:1])
-    new = gap > tolerance * max(1.0, float(np.max(np.abs(array))))
+    new = gap > tolerance * float(np.max(np.abs(array)))
     rank = np.cumsum(new)
     index = np.empty(len(array), np.int32)
     index[order] = rank

@@ -67,7 +67,8 @@ def safe_softmax(log_weights: jax.Array, axis: int = -1) -> jax.Array:
 def safe_log_softmax(logits: jax.Array, axis: int = -1) -> jax.Array:
     """Log-softmax that is -inf, not NaN, where every entry is -inf."""
     shifted = logits - _finite_max(logits, axis)
-    return shifted - safe_log(jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True))
+    total = jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True)
+    return shifted - jnp.log(jnp.where(total == 0, 1.0, total))
 
 
 def log_mean_exp(x: jax.Array, axis: int = -1) -> jax.Array:

@@ -179,14 +179,14 @@ def next_token_kl(log_truth: np.ndarray, log_policy: np.ndarray, tree: Tree) -> 
     possible = joint > 0  # neither 0 nor NaN
     forecast = policy.log_conditional[possible]
     ratio = truth.log_conditional[possible] - np.where(np.isnan(forecast), -np.inf, forecast)
-    return float(joint[possible] @ ratio / mass.sum())
+    return float(np.sum(joint[possible] * ratio) / mass.sum())
 
 
 def infill_kl(log_truth: np.ndarray, log_policy: np.ndarray, tree: Tree) -> float:
     """Mean KL of the law of one token given all the others, over texts and positions of the truth.
 
-    ``E_p [ sum_t KL(p(y_t | y_-t) || q(y_t | y_-t)) ] / E_p[length]``, t over the tokens of y: nothing is
-    asked behind the end. Computed as ``KL(p || q) - KL(p(y_-t) || q(y_-t))`` on texts with a token at t.
+    ``E_p [ sum_t KL(p(y_t | y_-t) || q(y_t | y_-t)) ] / E_p[length]``, t over the tokens of y (behind the end
+    there is nothing to guess). The terms are computed as ``KL(p || q) - KL(p(y_-t) || q(y_-t))``.
 
     Args:
       log_truth: log p of the strings, nats; [N].
@@ -197,15 +197,12 @@ def infill_kl(log_truth: np.ndarray, log_policy: np.ndarray, tree: Tree) -> floa
       Nats per token; inf if q excludes what p allows.
     """
     p, q = _dense(log_truth, tree), _dense(log_policy, tree)
-    terms = _log_ratio_terms(p, q)
-    if not np.isfinite(terms).all():
-        return float(terms.sum())
-    total = 0.0
-    for t, alive in enumerate(tree.alive):
-        shape = (tree.vocab**t, tree.vocab, -1)
-        rows = slice(None) if alive.all() else alive
-        context = (_logsumexp(law.reshape(shape)[rows], 1) for law in (p, q))
-        total += float(terms.reshape(shape)[rows].sum() - _log_ratio_terms(*context).sum())
+    divergence, total = _log_ratio_terms(p, q).sum(), 0.0
+    if not np.isfinite(divergence):
+        return float(divergence)
+    for t in range(tree.horizon):
+        context = (_logsumexp(law.reshape(tree.vocab**t, tree.vocab, -1), 1) for law in (p, q))
+        total += float(divergence - _log_ratio_terms(*context).sum())
     return max(total, 0.0) / _expected_length(log_truth, tree)
 
 

@@ -199,7 +199,7 @@ def brier_score(confidence: np.ndarray, outcome: np.ndarray, weight: np.ndarray 
       Between 0 (perfect) and 1; 1/V times the multiclass score if the V events of a forecast are pooled.
     """
     f, o, w = _events(confidence, outcome, weight)
-    return float(w @ ((f - o) ** 2 + o * (1 - o)))
+    return float(np.sum(w * ((f - o) ** 2 + o * (1 - o))))
 
 
 def brier_decomposition(
@@ -219,13 +219,13 @@ def brier_decomposition(
     events = _events(confidence, outcome, weight)
     index = _bins(events, num_bins, equal_mass)
     f, o, w = _bin_means(events, index, num_bins)
-    mean = float(events.weight @ events.outcome)
+    mean = float(np.sum(events.weight * events.outcome))
     df, do = events.confidence - f[index], events.outcome - o[index]
     return Decomposition(
         reliability=float(w @ (f - o) ** 2),
         resolution=float(w @ (o - mean) ** 2),
         uncertainty=mean * (1 - mean),
-        within=float(events.weight @ (df * df - 2 * df * do)),
+        within=float(np.sum(events.weight * (df * df - 2 * df * do))),
     )
 
 
@@ -258,7 +258,7 @@ def log_decomposition(
     events = _events(confidence, outcome, weight)
     index = _bins(events, num_bins, equal_mass)
     f, o, w = _bin_means(events, index, num_bins)
-    mean = np.asarray(events.weight @ events.outcome)
+    mean = np.sum(events.weight * events.outcome)
     inside = _cross(events.outcome, f[index], events.confidence)
     inside = inside + _cross(1 - events.outcome, 1 - f[index], 1 - events.confidence)
     counted, used = events.weight > 0, w > 0
@@ -266,7 +266,7 @@ def log_decomposition(
         reliability=float(w[used] @ _binary_kl(o[used], f[used])),
         resolution=float(w[used] @ _binary_kl(o[used], np.broadcast_to(mean, o[used].shape))),
         uncertainty=float(_cross(mean, np.ones(()), mean) + _cross(1 - mean, np.ones(()), 1 - mean)),
-        within=float(events.weight[counted] @ inside[counted]),
+        within=float(np.sum(events.weight[counted] * inside[counted])),
     )
 
 
@@ -292,7 +292,7 @@ def log_score(log_probs: np.ndarray, outcome_probs: np.ndarray, weight: np.ndarr
     """
     log_q, o, w = _table(log_probs, outcome_probs, weight)
     counted = w > 0
-    return float(-(w[counted] @ _expected_log(log_q[counted], o[counted])))
+    return float(-np.sum(w[counted] * _expected_log(log_q[counted], o[counted])))
 
 
 def _table(
@@ -334,7 +334,7 @@ def fit_temperature(
     """
     log_q, o, w = _table(log_probs, outcome_probs, weight)
     log_q, o, w = log_q[w > 0], o[w > 0], w[w > 0]
-    target = float(w @ _expected_log(log_q, o))
+    target = float(np.sum(w * _expected_log(log_q, o)))
     if not np.isfinite(target):
         return float("nan")
     columns = np.ascontiguousarray(log_q.T)  # sums over V are then sums of rows
@@ -343,6 +343,6 @@ def fit_temperature(
     for _ in range(50):
         middle = 0.5 * (low + high)
         power = np.exp(centred * np.exp(-middle))
-        too_sharp = w @ ((power * finite).sum(0) / power.sum(0)) > target
+        too_sharp = np.sum(w * (power * finite).sum(0) / power.sum(0)) > target
         low, high = (middle, high) if too_sharp else (low, middle)
     return float(np.exp(0.5 * (low + high)))

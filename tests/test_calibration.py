@@ -5,11 +5,11 @@ import pytest
 from calibration_worlds import NAMES, World, entries, gaussian_tilt, world
 
 from kl_rl.calibration import calibration_budget
-from kl_rl.calibration_balance import balance, calibration_terms
-from kl_rl.calibration_bounds import lower_bound, unreached_levels, upper_bound
-from kl_rl.calibration_jackknife import jackknife
-from kl_rl.calibration_levels import build_cells, distinct_levels, quantile_bins
-from kl_rl.calibration_price import price
+from kl_rl.calibration.balance import balance, calibration_terms
+from kl_rl.calibration.bounds import lower_bound, unreached_levels, upper_bound
+from kl_rl.calibration.jackknife import jackknife
+from kl_rl.calibration.levels import build_cells, distinct_levels, quantile_bins
+from kl_rl.calibration.price import price
 from kl_rl.samples import Samples
 
 # ---------------------------------------------------------------- algebra, without chance

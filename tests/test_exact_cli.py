@@ -49,7 +49,7 @@ def random_spec(seed):
     vocab, horizon = [(2, 6), (3, 4), (4, 3), (5, 3), (2, 5), (3, 5)][seed % 6]
     states = 2 + seed % 3
     weights = rng.normal(size=(3, vocab)) if seed % 2 else rng.integers(-2, 4, size=(3, vocab)) / 2
-    rows = lambda n, m: rng.dirichlet(np.ones(m), n)  # noqa: E731
+    rows = lambda n, m: rng.dirichlet(np.ones(m), n)
     size = states if seed % 3 else vocab
     base = {"kind": "markov", "initial": rows(1, size)[0].tolist()}
     transition = rows(size, size)

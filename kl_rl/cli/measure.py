@@ -287,7 +287,7 @@ def _plot(tuned: Samples, base: Samples | None, bins: int | str, path: str) -> N
     import matplotlib.pyplot as plt
     import numpy as np
 
-    from kl_rl.calibration_levels import build_cells
+    from kl_rl.calibration.levels import build_cells
 
     cells = build_cells(tuned, base, bins)
     n = int(cells.n.sum())

@@ -3,8 +3,8 @@
 All are exact expectations over the enumerated world, in float64 (only the ranks are sampled, with a fixed
 seed). Two texts: that of p0 (is the world model still there?) and that of the posterior p* with the policy's
 mean reward (is the policy the posterior predictive?); never the policy's own, on which every model is
-calibrated. Forecasts are next-token probabilities, all V of them pooled as binary events ("Full-ECE", Liu et
-al. 2024, arXiv 2406.11345).
+calibrated. Forecasts are next-token probabilities, all V of them pooled as binary events ("Full-ECE" of Liu et
+al. 2024, arXiv 2406.11345, whose sum over the vocabulary is V times our mean over events).
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class TextPlan(NamedTuple):
     layers: int = 2
     steps: int = 90
     num_samples: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     num_tuned: int = 2048
     num_base: int = 4096
     shifts: tuple[float, ...] = (0.5, 1.5)

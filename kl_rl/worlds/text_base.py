@@ -25,6 +25,7 @@ __all__ = ["BasePlan", "TextBase", "held_out_loss", "load_or_train", "train_base
 
 RETURN_TOKENS = 8  # input ids kept free behind the begin mark
 _SPEED = 6e10  # floating-point operations a second that `minutes` are reckoned with: two CPU cores
+_OVERHEAD = 4e-3  # seconds a step, whatever its size
 _CHUNKS = 20
 _BATCH = 64
 
@@ -55,7 +56,7 @@ class BasePlan(NamedTuple):
     def steps(self, corpus: Corpus) -> int:
         """Gradient steps: what fits into the minutes, but at most 40 passes over the text."""
         params = 12 * self.layers * self.width**2 + 2 * self.width * len(corpus.alphabet)
-        affordable = self.minutes * 60.0 * _SPEED / (6.0 * params * _BATCH * self.window)
+        affordable = self.minutes * 60.0 / (6.0 * params * _BATCH * self.window / _SPEED + _OVERHEAD)
         passes = 40.0 * len(corpus.train) / (_BATCH * self.window)
         return _CHUNKS * max(1, round(min(affordable, passes) / _CHUNKS))
 

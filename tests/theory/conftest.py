@@ -37,6 +37,8 @@ class Tiny(NamedTuple):
     reward: jax.Array  # [N]
     levels: exact.Levels
     log_q: jax.Array  # [N]
+    log_evidence: jax.Array  # [N]
+    log_posterior: jax.Array  # [N]
 
     def at(self, params: jax.Array) -> Tiny:
         """The same world with another policy of the class."""
@@ -47,19 +49,12 @@ class Tiny(NamedTuple):
         """log q of every string as a function of the parameters of the policy's class; [N]."""
         return exact.log_prob(self.policy.with_params(params), self.prompt, self.strings)
 
-    @property
-    def log_evidence(self) -> jax.Array:
-        return self.reward / self.beta
-
-    @property
-    def log_posterior(self) -> jax.Array:
-        return exact.log_posterior(self.log_base, self.log_evidence)
-
     def reaching(self, log_target: jax.Array) -> jax.Array:
         """Parameters of the full table (context T) whose policy is a given law of strings."""
         prefix, child = prefix_probabilities(self, log_target)
         params = np.zeros(self.policy.params.shape)
-        rows = self.policy.apply.context.rows(self.prompt, self.strings.tokens)[:, :-1]
+        context = getattr(self.policy.apply, "context")  # noqa: B009
+        rows = context.rows(self.prompt, self.strings.tokens)[:, :-1]
         live = np.asarray(self.strings.mask) > 0
         params[np.asarray(rows)[live]] = np.log(np.maximum(child / prefix[..., None], 1e-300))[live]
         return jnp.asarray(params)
@@ -69,7 +64,7 @@ class Tiny(NamedTuple):
         law = self.log_q if log_sampler is None else log_sampler
 
         def total(log_q):
-            estimator = lambda index: jnp.mean(objective(log_q[index][None], index))  # noqa: E731
+            estimator = lambda index: jnp.mean(objective(log_q[index][None], index))
             return exact.expectation_over_tuples(estimator, law, num_samples)
 
         return self.gradient(total)
@@ -102,7 +97,7 @@ score_reward = jax.jit(automaton_reward)
 
 def make_tiny(seed: int, *, vocab=3, horizon=3, end=None, context=None, beta=0.7) -> Tiny:
     rng = np.random.default_rng(seed)
-    law = lambda *shape: jnp.asarray(np.log(rng.dirichlet(np.full(shape[-1], 2.0), shape[:-1])))  # noqa: E731
+    law = lambda *shape: jnp.asarray(np.log(rng.dirichlet(np.full(shape[-1], 2.0), shape[:-1])))
     process = HiddenMarkov(law(2), law(2, 2), law(2, vocab))
     score, step = np.zeros((2, vocab)), np.zeros((2, vocab), np.int32)
     score[:, 1], step[:, 1] = [1.0, 2.0], 1
@@ -116,9 +111,10 @@ def make_tiny(seed: int, *, vocab=3, horizon=3, end=None, context=None, beta=0.7
     policy = policy.with_params(jnp.asarray(0.8 * rng.normal(size=policy.params.shape)))
     levels = exact.reward_levels(np.asarray(reward))
     log_q = score_strings(policy, prompt, strings)
-    return Tiny(
-        process, automaton, prompt, horizon, end, beta, strings, policy, log_base, reward, levels, log_q
-    )
+    log_evidence = reward / beta
+    log_posterior = jax.jit(exact.log_posterior)(log_base, log_evidence)
+    problem = (process, automaton, prompt, horizon, end, beta, strings, policy)
+    return Tiny(*problem, log_base, reward, levels, log_q, log_evidence, log_posterior)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,25 +125,25 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(scope="session", params=["table", "bigram with end"])
+@pytest.fixture(scope="module", params=["table", "bigram with end"])
 def tiny(request) -> Tiny:
     """27 strings and every law of them; or 15 strings of different lengths and a class too small for p*."""
     return make_tiny(0) if request.param == "table" else make_tiny(1, end=2, context=1)
 
 
-@pytest.fixture(scope="session", params=["fixed length", "with end"])
+@pytest.fixture(scope="module", params=["fixed length", "with end"])
 def table(request) -> Tiny:
     """Worlds with the full table as policy class, so that p* can be reached."""
     return make_tiny(2) if request.param == "fixed length" else make_tiny(3, end=2)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def smallest() -> Tiny:
     """8 strings, for sums over all triples."""
     return make_tiny(4, vocab=2)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def prefixes():
     """p(y_<t) and p(y_<t, v) of a law of strings, by brute summation."""
     return prefix_probabilities

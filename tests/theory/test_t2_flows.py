@@ -28,7 +28,7 @@ def test_natural_flow_is_the_tilt_at_lambda_equal_to_time(world):
     fisher = np.diag(p) - np.outer(p, p)
     step = np.linalg.pinv(fisher) @ (p * (r - p @ r))  # natural gradient of E_q r in the logits
     assert_allclose(step - p @ step, r - p @ r, rtol=1e-9)
-    slope = lambda x: r - np.exp(x) @ r  # noqa: E731
+    slope = lambda x: r - np.exp(x) @ r
     log_q, h, path = np.asarray(log_base), 0.01, []
     for index in range(200):  # Runge-Kutta for d log q / dt = r - E_q r; error of order h^4
         a = slope(log_q)

@@ -126,7 +126,7 @@ def test_calibration_loss_bounds_every_query(random_pair, noisy):
     loss = float(within(log_q, log_p, levels))
     rng = np.random.default_rng(3)
     for _ in range(100):
-        size = rng.integers(2, 6)
+        size = int(rng.integers(2, 6))
         answer = rng.dirichlet(np.full(size, 0.3), 12) if noisy else np.eye(size)[rng.integers(0, size, 12)]
         total_variation, relative = query_losses(q, p, index, answer)
         assert total_variation <= np.sqrt(loss / 2)

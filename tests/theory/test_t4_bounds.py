@@ -10,8 +10,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 from kl_rl import budget, exact
-from kl_rl.calibration_bounds import lower_bound, upper_bound
-from kl_rl.calibration_levels import build_cells, quantile_bins
+from kl_rl.calibration.bounds import lower_bound, upper_bound
+from kl_rl.calibration.levels import build_cells, quantile_bins
 from kl_rl.samples import Samples
 
 within = jax.jit(budget.conditional_kl)
@@ -66,7 +66,7 @@ def test_expected_upper_bounds_are_above_the_truth_where_all_levels_are_reached(
     """Exact expectation over ALL pairs of samples, given that the inner one reaches both levels."""
     q, p = laws
     loss, forward = truth(q, p)
-    reached = lambda index: len(set(REWARD[index])) == 2  # noqa: E731
+    reached = lambda index: len(set(REWARD[index])) == 2
 
     def expected(size):
         total = np.zeros(2)
@@ -114,8 +114,8 @@ def test_upper_bound_with_unreached_levels_is_still_above_the_truth():
     reward = np.array([0.0, 1.0])
 
     def bound(outer, inner):
-        sets = [samples(np.array(i), TILTED, BASE, reward) for i in (outer, inner)]
-        return upper_bound(build_cells(*sets, "exact")).value
+        tuned, base = (samples(np.array(i), TILTED, BASE, reward) for i in (outer, inner))
+        return upper_bound(build_cells(tuned, base, "exact")).value
 
     for size in (2, 4):
         assert expectation_over_both(bound, size) >= -1e-12
@@ -128,7 +128,7 @@ def test_the_lower_bound_says_nothing_about_strings_that_q_gave_up():
     q, p = q / 2, p / 2  # the second level is intact and holds the other half
     loss = truth(q, p)[0]
     assert_allclose(loss, 0.5 * np.log(2), rtol=1e-4)
-    cells = lambda i: build_cells(samples(i, q, p), None, "exact")  # noqa: E731
+    cells = lambda i: build_cells(samples(i, q, p), None, "exact")
     expected = sum(w * lower_bound(cells(i)).value for i, w in multisets(q, 4))
     assert 0 <= expected < 4 * 5e-7 * np.log(1e6)
 
@@ -177,7 +177,7 @@ def test_bias_of_the_whole_lower_bound_is_a_sum_over_levels_over_twice_n(laws):
                 total += binomial * k / size * (np.log(law @ w) - expected_log_mean(w, law, k))
         return total
 
-    cells = lambda i: build_cells(samples(i, q, p), None, "exact")  # noqa: E731
+    cells = lambda i: build_cells(samples(i, q, p), None, "exact")
     by_library = sum(w * lower_bound(cells(i)).value for i, w in multisets(q, 4))
     assert_allclose(truth(q, p)[0] - by_library, bias(4), rtol=1e-8)
     ratio = np.array([size * bias(size) / limit for size in (30, 60, 120)])

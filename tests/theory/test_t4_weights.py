@@ -9,8 +9,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 from kl_rl import exact, objectives, weights
-from kl_rl.calibration_balance import balance, calibration_terms
-from kl_rl.calibration_levels import build_cells
+from kl_rl.calibration.balance import balance, calibration_terms
+from kl_rl.calibration.levels import build_cells
 from kl_rl.posterior import Threshold, Tilt
 from kl_rl.samples import Samples
 
@@ -51,7 +51,8 @@ def test_balance_losses_are_nonnegative_and_zero_for_a_function_of_the_reward():
     ):
         for _ in range(20):
             sets = [rng.integers(0, 4, size) for size in (8, 5)]
-            cells = build_cells(*(Samples.from_log_ratio(REWARD[i], log_ratio[i]) for i in sets), "exact")
+            tuned, base = (Samples.from_log_ratio(REWARD[i], log_ratio[i]) for i in sets)
+            cells = build_cells(tuned, base, "exact")
             values, _ = calibration_terms(cells, balance(cells))
             losses = np.concatenate([values[name] for name in ("C", "C_fwd", "C_JS")])
             assert np.all(losses >= 0)
@@ -78,7 +79,7 @@ def test_soft_evidence_makes_self_normalized_imitation_miss_the_posterior(table)
         for k in (1, 2)
     ]
     assert 1e-2 < sizes[1] < sizes[0]
-    full = lambda log_q: exact.kl_divergence(table.log_posterior, log_q)  # noqa: E731
+    full = lambda log_q: exact.kl_divergence(table.log_posterior, log_q)
     assert_allclose(star.gradient(full), np.zeros_like(star.gradient(full)), atol=1e-12)
 
 

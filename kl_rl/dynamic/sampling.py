@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from kl_rl import numerics
 from kl_rl.automaton import Automaton, automaton_reward
-from kl_rl.dynamic_messages import Graph, backward, counting_graph, log_evidence, start, tilted_graph
-from kl_rl.dynamic_policy import posterior_policy
+from kl_rl.dynamic.lattice import Lattice
+from kl_rl.dynamic.messages import Graph, backward, counting_graph, log_evidence, start, tilted_graph
+from kl_rl.dynamic.policies import posterior_policy
 from kl_rl.hidden_markov import HiddenMarkov, hidden_markov_policy
-from kl_rl.lattice import Lattice
 from kl_rl.policy import sequence_log_prob
 from kl_rl.trajectories import completion_mask
 

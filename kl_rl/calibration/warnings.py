@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kl_rl.calibration_levels import Cells
-from kl_rl.calibration_types import Budget
+from kl_rl.calibration.levels import Cells
+from kl_rl.calibration.types import Budget
 from kl_rl.estimate import mean_estimate
 
 __all__ = ["find_warnings"]

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from kl_rl import numerics
 from kl_rl.automaton import Automaton, run
+from kl_rl.dynamic.lattice import Lattice
 from kl_rl.hidden_markov import HiddenMarkov, belief_after
-from kl_rl.lattice import Lattice
 
 __all__ = [
     "Graph",

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kl_rl.calibration_balance import Balance
-from kl_rl.calibration_levels import Cells
+from kl_rl.calibration.balance import Balance
+from kl_rl.calibration.levels import Cells
 from kl_rl.estimate import Estimate, poisson_upper_limit
 
 __all__ = ["Unreached", "lower_bound", "unreached_levels", "unseen_mass", "upper_bound"]

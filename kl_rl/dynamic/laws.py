@@ -1,14 +1,4 @@
-"""Truth by dynamic programming: exact twists, log Z, reward laws and samplers for hidden Markov bases.
-
-The reward is a weighted automaton, so hidden state z (S) times automaton state q (Q) is all the past that
-matters. The law given a reward level is the same computation on an automaton that also counts down the score
-still owed. With an end token a string stops right after its first occurrence, which still earns its weight.
-
-Everything is in nats and in log space; temperatures are traced, so a new beta never recompiles and vmap
-sweeps it.
-Reference: Levine 2018 (arXiv 1805.00909) for the backward messages; Eisner 2016 (W16-5901) for marginals as
-gradients.
-"""
+"""Exact laws of the product of hidden state and automaton state: twists, log Z, moments, reward and token laws."""
 
 from __future__ import annotations
 
@@ -20,29 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from kl_rl.automaton import Automaton
-from kl_rl.dynamic_messages import backward, counting_graph, log_evidence, start, tilted_graph
-from kl_rl.dynamic_policy import TwistedProcess, posterior_policy, reward_conditioned_policy
-from kl_rl.dynamic_sampling import sample_given_reward, sample_posterior, sampled_entropies
+from kl_rl.dynamic.lattice import Lattice
+from kl_rl.dynamic.messages import backward, counting_graph, log_evidence, start, tilted_graph
 from kl_rl.hidden_markov import HiddenMarkov
-from kl_rl.lattice import Lattice, NoLattice, score_lattice
 
 __all__ = [
-    "Lattice",
     "Moments",
-    "NoLattice",
-    "TwistedProcess",
     "is_unifilar",
     "log_partition",
     "log_twists",
     "path_entropy",
     "posterior_moments",
-    "posterior_policy",
-    "reward_conditioned_policy",
     "reward_distribution",
-    "sample_given_reward",
-    "sample_posterior",
-    "sampled_entropies",
-    "score_lattice",
     "token_marginals",
     "token_marginals_given_reward",
 ]

@@ -2,8 +2,7 @@
 
 P is the price of the mean reward, S what the shape of the reward marginal costs beyond it, C the calibration
 loss `E_{r~q} KL(q(y|r) || p0(y|r))`: zero exactly when q is p0 tilted by some function of the reward. Needs
-no model and no
-normalizing constant: samples of the tuned policy, better also of the base policy, each scored under both.
+no model and no normalizing constant: samples of the tuned policy, better also of the base policy, each scored under both.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import math
 
 import numpy as np
 
-from kl_rl.calibration_balance import Balance, balance, calibration_terms, within_level_loss
-from kl_rl.calibration_bounds import Unreached, lower_bound, unreached_levels, unseen_mass, upper_bound
-from kl_rl.calibration_jackknife import Jackknife, jackknife, prompt_left_out
-from kl_rl.calibration_levels import Cells, build_cells
-from kl_rl.calibration_price import Price, fit_tilts, log_moments, price, tilt_spread
-from kl_rl.calibration_types import Bounded, Budget
-from kl_rl.calibration_warnings import find_warnings
+from kl_rl.calibration.balance import Balance, balance, calibration_terms, within_level_loss
+from kl_rl.calibration.bounds import Unreached, lower_bound, unreached_levels, unseen_mass, upper_bound
+from kl_rl.calibration.jackknife import Jackknife, jackknife, prompt_left_out
+from kl_rl.calibration.levels import Cells, build_cells
+from kl_rl.calibration.price import Price, fit_tilts, log_moments, price, tilt_spread
+from kl_rl.calibration.types import Bounded, Budget
+from kl_rl.calibration.warnings import find_warnings
 from kl_rl.estimate import Estimate
 from kl_rl.samples import Samples
 
@@ -30,8 +29,8 @@ def calibration_budget(
 ) -> Budget:
     """Measure KL, P, S, C, C_fwd and C_JS with standard errors, bounds and 95 % limits.
 
-    Both sample sets are pooled and weighted by the balance heuristic (`calibration_balance`). Bias and
-    standard error are the delete-one jackknife's (`calibration_jackknife`), with prompts as strata: the
+    Both sample sets are pooled and weighted by the balance heuristic (`calibration.balance`). Bias and
+    standard error are the delete-one jackknife's (`calibration.jackknife`), with prompts as strata: the
     numbers are about *these* prompts. Limits are `value -+ (|bias|/2 + t stderr + skewness term)`,
     clipped at 0, padded by rounding. They are wider where levels that one set cannot reach leave room
     (`unreached_levels`), and where over 5 % of the samples are alone in their cell: then they take in
