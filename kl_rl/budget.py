@@ -106,31 +106,35 @@ def price(log_p: jax.Array, value: jax.Array, mean: jax.Array) -> tuple[jax.Arra
     return lam * mean - jax.nn.logsumexp(log_p + lam * value), lam
 
 
+def _within(log_law: jax.Array, level: jax.Array, levels: Levels) -> jax.Array:
+    """``log p(y | r)``, -inf at levels without mass; [N]."""
+    own = level[levels.index]
+    return jnp.where(jnp.isfinite(own), log_law - jnp.where(jnp.isfinite(own), own, 0.0), -jnp.inf)
+
+
 def conditional_kl(log_q: jax.Array, log_p: jax.Array, levels: Levels) -> jax.Array:
-    """``E_{r~q} KL(q(y|r) || p(y|r)) = KL(q || p) - KL(q(r) || p(r))`` (T2.2), summed term by term; [N] -> []."""
-    within_q = log_q - level_log_prob(log_q, levels)[levels.index]
-    within_p = log_p - level_log_prob(log_p, levels)[levels.index]
+    """``E_{r~q} KL(q(y|r) || p(y|r)) = KL(q || p) - KL(q(r) || p(r))`` (T2.2), summed term by term; [N] -> [].
+
+    Infinite where q visits a string, or a whole level, that p does not.
+    """
+    within_q = _within(log_q, level_log_prob(log_q, levels), levels)
+    within_p = _within(log_p, level_log_prob(log_p, levels), levels)
     return jnp.sum(numerics.xlogy_difference(jnp.exp(log_q), within_q, within_p))
 
 
 def conditional_js(log_q: jax.Array, log_p: jax.Array, levels: Levels) -> jax.Array:
-    """``E_{r ~ (q+p)/2} JS(q(y|r), p(y|r))``, between 0 and log 2, in nats.
+    """``E_{r ~ (q+p)/2} JS(q(y|r), p(y|r))``, between 0 and log 2, in nats (T3.5).
 
-    Levels without mass on one side count as log 2.
-
-    Where only one of the two has mass at a level its conditional is compared with nothing; the supports are
-    disjoint there.
+    A level that only one of the two visits counts as log 2: the supports are disjoint there.
     """
     level_q, level_p = level_log_prob(log_q, levels), level_log_prob(log_p, levels)
-    within = lambda law, level: jnp.where(
-        jnp.isfinite(level[levels.index]), law - level[levels.index], -jnp.inf
-    )
-    a, b = within(log_q, level_q), within(log_p, level_p)
+    a, b = _within(log_q, level_q, levels), _within(log_p, level_p, levels)
     middle = jnp.logaddexp(a, b) - jnp.log(2.0)
-    terms = 0.5 * (
-        numerics.xlogy_difference(jnp.exp(a), a, middle) + numerics.xlogy_difference(jnp.exp(b), b, middle)
+    terms = numerics.xlogy_difference(jnp.exp(a), a, middle) + numerics.xlogy_difference(
+        jnp.exp(b), b, middle
     )
-    weight = 0.5 * (jnp.exp(level_q) + jnp.exp(level_p))
+    shared = jnp.isfinite(level_q) & jnp.isfinite(level_p)
+    weight = 0.5 * (jnp.exp(level_q) + jnp.exp(level_p)) * jnp.where(shared, 0.5, 1.0)
     return jnp.sum(terms * weight[levels.index])
 
 

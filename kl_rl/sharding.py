@@ -1,6 +1,7 @@
-"""Placing a run on a mesh: data-parallel batches, parameters split over ``fsdp`` where they divide. No method knows of it.
+"""Placing a run on a mesh: data-parallel batches, parameters split over ``fsdp`` where they divide.
 
-``jax.jit`` follows the shardings of its arguments, so the same ``advance`` runs unsharded, on simulated devices and on a pod.
+No method knows of it: ``jax.jit`` follows the shardings of its arguments, so the same ``advance`` runs unsharded, on
+simulated devices and on a pod.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
 """
 
 import os
+import re
+from pathlib import Path
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -53,3 +55,29 @@ class Tiny:
 @pytest.fixture(scope="session")
 def tiny():
     return Tiny()
+
+
+NOTES = Path(__file__).parents[1] / "theory_notes"
+HEADING = re.compile(r"^### ([TC]\d+\.\d+)\b", re.MULTILINE)
+checked: set[str] = set()
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Attach the theorem ids of a test to its report."""
+    for item in items:
+        for mark in item.iter_markers("theorem"):
+            item.user_properties.extend(("theorem", name) for name in mark.args)
+
+
+def pytest_runtest_logreport(report) -> None:
+    """Count the statements whose tests ran and passed."""
+    if report.when == "call" and report.passed:
+        checked.update(value for key, value in report.user_properties if key == "theorem")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """One line: how much of the theory this run has checked."""
+    stated = {name for path in NOTES.glob("*.md") for name in HEADING.findall(path.read_text("utf-8"))}
+    terminalreporter.write_line(
+        f"theorems checked: {len(checked & stated)} (of {len(stated)} in theory_notes)"
+    )

@@ -102,8 +102,8 @@ def test_standard_errors_are_the_spread_over_runs(family):
 
 
 def test_stochastic_bounds_lie_on_their_sides_and_the_estimate_between_is_nearly_unbiased():
-    """Few samples a level make the bias of the bounds large: their order in expectation, 300 runs."""
-    rows, budgets = repeated(dict(size=400, levels=30, tilt=0.05, noise=0.7), 200, 200, 300)
+    """Few samples a level make the bias of the bounds large: their order in expectation, 400 runs."""
+    rows, budgets = repeated(dict(size=400, levels=8, tilt=0.05, noise=1.0), 200, 200, 400)
     for name in ("C", "C_fwd"):
         truth, value, _, lower, upper = rows[:, NAMES.index(name)].T
         below, above = (

@@ -15,7 +15,8 @@ def test_readme_example_prints_what_it_says():
     """In a fresh process with a user's settings: float32, no strictness."""
     code = "import doctest, sys; sys.exit(doctest.testfile(sys.argv[1], module_relative=False).failed)"
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "README.md")], capture_output=True, text=True, env=env, check=False)
+    command = [sys.executable, "-c", code, str(ROOT / "README.md")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -26,7 +27,8 @@ def test_readme_has_an_example():
 
 @pytest.mark.parametrize("command", [[], ["compare"], ["exact"], ["measure"]])
 def test_help_has_examples(command):
-    done = subprocess.run([sys.executable, "-m", "kl_rl", *command, "--help"], capture_output=True, text=True, check=False)
+    line = [sys.executable, "-m", "kl_rl", *command, "--help"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "kl-rl" in done.stdout and (not command or "example" in done.stdout.lower())
 

@@ -61,14 +61,21 @@ def test_imports_go_down_only(module):
 
 
 def test_numpy_only_measurement_starts_without_jax():
-    code = "import sys, kl_rl.calibration, kl_rl.samples, kl_rl.cli; kl_rl.cli.build_parser(); sys.exit('jax' in sys.modules)"
+    code = (
+        "import sys, kl_rl.calibration, kl_rl.samples, kl_rl.cli; "
+        "kl_rl.cli.build_parser(); sys.exit('jax' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-PUBLIC = """Algorithm Estimate Info Interval Policy Posterior Samples Source State Threshold Tilt Trajectories advance alpha_divergence
-best_of_n calibration_budget comparisons decision_transformer dpo enumerate_strings expert_iteration filtered fit_likelihood fresh from_nnx
-gradient_algorithm grpo ipo log_prob logged mixture path_consistency ppo read_samples reinforce replay reward_levels reward_weighted sample
-score sequence_log_prob start subtrajectory_balance trajectory_balance vargrad""".split()
+PUBLIC = """
+Algorithm Estimate Info Interval Policy Posterior Samples Source State Threshold Tilt Trajectories
+advance alpha_divergence best_of_n calibration_budget comparisons decision_transformer dpo
+enumerate_strings expert_iteration filtered fit_likelihood fresh from_nnx gradient_algorithm grpo
+ipo log_prob logged mixture path_consistency ppo read_samples reinforce replay reward_levels
+reward_weighted sample score sequence_log_prob start subtrajectory_balance trajectory_balance
+vargrad
+""".split()
 
 
 def test_public_interface_is_frozen():

@@ -11,11 +11,10 @@ import pytest
 
 from kl_rl.compare import text as compare_text
 from kl_rl.compare.catalogue import CATALOGUE
-from kl_rl.compare.text_knobs import sampled_knobs, targets, tilt_to_mean
 from kl_rl.compare.text_measure import measure
 from kl_rl.compare.text_problem import TextPlan, make_problem, score
-from kl_rl.compare.text_reference import control, log_normalizer, tilted_expectation
-from kl_rl.worlds.lexicon import default_reward, load_reward
+from kl_rl.compare.text_reference import control
+from kl_rl.worlds.lexicon import default_reward
 from kl_rl.worlds.text import BadText, load_text, make_corpus
 from kl_rl.worlds.text_base import BasePlan, held_out_loss, load_or_train
 from kl_rl.worlds.text_reward import BadReward, TextReward
@@ -41,129 +40,6 @@ def problem(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     reward = TextReward("words", (("good", 1.0), ("bad", -1.0)), unit=1.0)
     return make_problem(make_corpus(small_text(), "small"), reward, SMALL, folder, 0, quiet)
-
-
-# --- rewards
-
-
-@pytest.mark.parametrize("case", [False, True])
-@pytest.mark.parametrize("clip", [None, 1.5])
-def test_automaton_equals_host_score_on_random_strings(case, clip):
-    alphabet = "\n 'abB.\u2019o"
-    entries = {"a": 0.7, "ab": -1.2, "a'b": 2.0, "ba": 0.3, "B": 0.5, "bob": 1.1, "a''b": -0.4, "oa": 0.3}
-    reward = TextReward("w", tuple(entries.items()), case=case, clip=clip)
-    rng = np.random.default_rng(1)
-    tokens = rng.integers(0, len(alphabet), (20_000, 9))
-    prompt = np.concatenate(
-        [np.full((20_000, 1), len(alphabet)), rng.integers(0, len(alphabet), (20_000, 3))], 1
-    )
-    spell = lambda row: "".join(alphabet[i] for i in row)
-    host = [reward.score(spell(y), spell(x[1:])) for x, y in zip(prompt, tokens, strict=True)]
-    scorer = reward.compile(alphabet)
-    device = jax.jit(lambda s, x, y: s(x, y, jnp.ones(y.shape)))(
-        scorer, jnp.asarray(prompt), jnp.asarray(tokens)
-    )
-    assert len(set(host)) > 5
-    np.testing.assert_array_equal(np.asarray(device), host)
-
-
-def test_what_counts_as_a_word():
-    reward = TextReward("w", (("good", 1.0), ("don't", 10.0)), unit=1.0)
-    assert reward.score("good") == 0.0, "a word still open at the end does not count"
-    assert reward.score("good ") == 1.0
-    assert reward.score("'Good', goods \u2018good\u2019 don't don\u2019t.") == 22.0
-    assert reward.score("ood.", "a g") == 1.0, "a word may begin in the prompt"
-    assert reward.score("x.", "good ") == 0.0, "a word of the prompt is the prompt's"
-
-
-def test_patterns_match_the_host_inside_jit_and_vmap(tmp_path):
-    path = tmp_path / "r.json"
-    path.write_text(
-        json.dumps({"patterns": [{"pattern": "A+", "weight": 2}, {"pattern": "b$", "weight": -0.5}]})
-    )
-    reward, alphabet = load_reward(path), "ab "
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 50, 6)))
-    scorer, prompt = reward.compile(alphabet), jnp.full((2, 1, 1), 3)
-    device = jax.jit(jax.vmap(lambda x, y: scorer(x, y, jnp.ones(y.shape))))(prompt, tokens)
-    host = [[reward.score("".join(alphabet[i] for i in row)) for row in part] for part in np.asarray(tokens)]
-    np.testing.assert_array_equal(np.asarray(device), host)
-    assert len(np.unique(host)) > 3
-
-
-def test_tab_separated_word_list(tmp_path):
-    path = tmp_path / "list.txt"
-    path.write_text(":)\t2.0\t1.0\t[1, 2]\nGood\t1.9\t0.9\t[2]\nmeh\t-0.1\t0.3\t[0]\nso so\t1\nbad\t-2.4\n")
-    reward = load_reward(path)
-    assert dict(reward.words) == {"good": 2.0, "bad": -2.5}
-    assert reward.skipped == 3
-    assert dict(load_reward(path, round_to=0.1).words) == pytest.approx(
-        {"good": 1.9, "meh": -0.1, "bad": -2.4}
-    )
-
-
-def test_json_word_list_with_options(tmp_path):
-    path = tmp_path / "list.json"
-    path.write_text('{"lexicon": {"Good": 1, "bad": -2}, "case": true, "scale": 0.5, "clip": 0.75}')
-    reward = load_reward(path)
-    assert reward.score("Good good bad bad ") == -0.75
-    assert reward.score("Good Good ") == 0.75
-    assert reward.score("Good ") == 0.5
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ('{"lexicon": {"a": 1,}}', ["r.json", "line 1, column", "JSON"]),
-        ('{"lexicon": {"a": NaN}}', ['"a"', "finite"]),
-        ('{"lexicon": {"a": true}}', ['"a"', "number"]),
-        ('{"lexicon": {"a": "x"}}', ['"a"', "number"]),
-        ('{"lexicon": {"a": 1, "a": 2}}', ['"a"', "twice"]),
-        ('{"lexicon": {"a": 1, "A": 2}}', ['"A"', "two weights"]),
-        ('{"lexicon": {"a b": 1}}', ['"a b"', "patterns"]),
-        ('{"lexicon": {}}', ["lexicon", "at least one"]),
-        ('{"lexicon": {"a": 0}}', ["0"]),
-        ('{"lexicon": {"a": 1}, "weigth": 2}', ["weigth", "known keys"]),
-        ('{"lexicon": {"a": 1}, "clip": 0}', ["clip", "positive"]),
-        ('{"lexicon": {"a": 1}, "case": 1}', ["case", "true or false"]),
-        ("[1]", ["lexicon", "patterns"]),
-        ('{"patterns": [{"pattern": "(", "weight": 1}]}', ["patterns[0].pattern", "regular expression"]),
-        ('{"patterns": [{"pattern": "a"}]}', ["patterns[0]", "weight"]),
-        ("", ["empty"]),
-    ],
-)
-def test_bad_json_rewards_are_named(tmp_path, content, words):
-    path = tmp_path / "r.json"
-    path.write_text(content)
-    with pytest.raises(BadReward) as error:
-        load_reward(path)
-    assert all(word in str(error.value) for word in [str(path), *words]), str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"good\t1\nbad minus\n", ["line 2", "tab"]),
-        (b"good\t1\nbad\tx\n", ["line 2", "column 2", "number"]),
-        (b"good\tinf\n", ["line 1", "finite"]),
-        (b"good\t1\n\xff\t1\n", ["line 2", "UTF-8"]),
-        (b":)\t1\n", ["no entry"]),
-    ],
-)
-def test_bad_word_lists_are_named(tmp_path, content, words):
-    path = tmp_path / "r.tsv"
-    path.write_bytes(content)
-    with pytest.raises(BadReward) as error:
-        load_reward(path)
-    assert all(word in str(error.value) for word in [str(path), *words]), str(error.value)
-
-
-def test_missing_reward_file_and_unspellable_words(tmp_path):
-    with pytest.raises(BadReward, match="no such file"):
-        load_reward(tmp_path / "none.json")
-    with pytest.raises(BadReward, match="directory"):
-        load_reward(tmp_path)
-    with pytest.raises(BadReward, match="spelled"):
-        TextReward("w", (("good", 1.0),)).compile("abc ")
 
 
 def test_default_words_occur_in_the_default_text():
@@ -258,79 +134,6 @@ def test_a_window_longer_than_the_held_out_text_is_refused():
     corpus = make_corpus(small_text(), "t")
     with pytest.raises(ValueError, match="window"):
         load_or_train(corpus, None, BasePlan(window=5000))
-
-
-# --- knobs and reference laws, against closed forms
-
-
-def law(rng, size, lam=1.0):
-    """Rewards 0, 1, 3 with known probabilities: samples [1, size], log Z, tilted mean, KL."""
-    values, mass = np.array([0.0, 1.0, 3.0]), np.array([0.6, 0.3, 0.1])
-    z = mass @ np.exp(lam * values)
-    mean = (mass * np.exp(lam * values)) @ values / z
-    return rng.choice(values, (1, size), p=mass), math.log(z), mean, lam * mean - math.log(z)
-
-
-def test_bounds_on_log_z_hold_in_expectation_and_close():
-    rng = np.random.default_rng(0)
-    lower, upper = [], []
-    for _ in range(200):
-        reward, log_z, _, _ = law(rng, 256)
-        found = log_normalizer(reward, 1.0, rng)
-        lower.append(found.lower.value)
-        upper.append(found.upper.value)
-        assert found.particles == "rejection"
-    for values, side in ((lower, -1), (upper, 1)):
-        error = np.std(values) / math.sqrt(len(values))
-        assert side * (np.mean(values) - log_z) > -4 * error
-        assert abs(np.mean(values) - log_z) < 0.1
-    assert np.mean(upper) - np.mean(lower) > 4 * np.std(np.subtract(upper, lower)) / math.sqrt(len(upper))
-
-
-def test_too_few_accepted_particles_are_resampled():
-    reward = np.concatenate([np.zeros((1, 511)), np.full((1, 1), 30.0)], axis=1)
-    assert log_normalizer(reward, 1.0, np.random.default_rng(0)).particles == "resampling"
-
-
-def test_weighted_expectations_and_their_errors():
-    rng = np.random.default_rng(0)
-    means, kls, errors = [], [], []
-    for _ in range(200):
-        reward, _, mean, kl = law(rng, 2000)
-        means.append(tilted_expectation(reward, reward)[0].value)
-        estimate = tilted_expectation(reward, reward)[1]
-        kls.append(estimate.value)
-        errors.append(estimate.stderr)
-    for values, truth in ((means, mean), (kls, kl)):
-        assert abs(np.mean(values) - truth) < 4 * np.std(values) / math.sqrt(len(values)) + 2e-3
-    spread = np.std(kls)  # relative error of a standard deviation over 200 runs: 5 %
-    assert abs(np.mean(errors) / spread - 1) < 0.2
-
-
-def test_tilt_reaches_its_mean():
-    reward, _, mean, _ = law(np.random.default_rng(0), 4000, lam=0.7)
-    lam = tilt_to_mean(reward, mean)
-    weight = np.exp(lam * reward)
-    assert (weight * reward).sum() / weight.sum() == pytest.approx(mean, rel=1e-6)
-
-
-@pytest.mark.parametrize("method", CATALOGUE, ids=lambda m: m.name)
-def test_every_method_gets_knobs_that_aim_higher_and_higher(method):
-    reward = law(np.random.default_rng(0), 4000)[0]
-    aims = targets(reward, (0.3, 1.0))
-    assert reward.mean() < aims[0] < aims[1] < reward.max()
-    knobs = sampled_knobs(method, reward, aims, num_samples=64, steps=60)
-    assert 1 <= len(knobs) <= 2
-    assert all(math.isfinite(k) for k in knobs)
-    upward = method.knob in ("n", "threshold", "steps")
-    assert knobs == sorted(knobs, reverse=not upward)
-
-
-def test_best_of_n_knob_matches_the_known_law():
-    reward = law(np.random.default_rng(0), 200_000)[0]
-    best_of_4 = 3 - (0.9**4) * 2 - (0.6**4) * 1
-    method = next(m for m in CATALOGUE if m.name == "best-of-n")
-    assert sampled_knobs(method, reward, (best_of_4,), num_samples=64, steps=60) == [4.0]
 
 
 # --- measurements

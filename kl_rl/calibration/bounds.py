@@ -11,7 +11,7 @@ from kl_rl.calibration.balance import Balance
 from kl_rl.calibration.levels import Cells
 from kl_rl.estimate import Estimate, poisson_upper_limit
 
-__all__ = ["Unreached", "lower_bound", "unreached_levels", "unseen_mass", "upper_bound"]
+__all__ = ["Unreached", "lower_bound", "merged_plug_in", "unreached_levels", "unseen_mass", "upper_bound"]
 
 
 def lower_bound(cells: Cells, forward: bool = False) -> Estimate:
@@ -35,11 +35,11 @@ def lower_bound(cells: Cells, forward: bool = False) -> Estimate:
 
 
 def upper_bound(cells: Cells, forward: bool = False) -> Estimate:
-    """Stochastic upper bound from both sets: `C = E_q[l - log E_p0(e^{l} | r)]`, plug-in biased up.
+    """Stochastic upper bound from both sets: `C = E_q[l - log E_p0(e^{l} | r)]`, plug-in biased up (T4.2).
 
-    Forward twin: `C_fwd = E_p0[-l - log E_q(e^{-l} | r)]`. A level that the second set never reaches is
-        merged with
-    the nearest one of its prompt that it does: merging levels can only raise C, so the bound stays one.
+    Forward twin: `C_fwd = E_p0[-l - log E_q(e^{-l} | r)]`. Infinite if the first set visits a level that the second
+    never reaches: nothing is known of the second law there, and merging such a level with a neighbour would not
+    give a bound (C4.1).
 
     Args:
         cells: the pooled samples, both sets.
@@ -47,6 +47,26 @@ def upper_bound(cells: Cells, forward: bool = False) -> Estimate:
 
     Returns:
         The bound in nats.
+    """
+    size = len(cells.prompt_of_cell)
+    part, other = (_outer(cells, side)[0] for side in (forward, not forward))
+    visits = (np.bincount(cells.cell[side], minlength=size) > 0 for side in (part, other))
+    if np.any(next(visits) & ~next(visits)):
+        return Estimate(math.inf, math.inf, float(min(len(cells.cell[part]), len(cells.cell[other]))))
+    return merged_plug_in(cells, forward)
+
+
+def merged_plug_in(cells: Cells, forward: bool = False) -> Estimate:
+    """The plug-in of `upper_bound`, unreached levels merged with the nearest reached one of their prompt.
+
+    Biased up wherever nothing had to be merged; with merging a guide to how wide an interval should be, not a bound.
+
+    Args:
+        cells: the pooled samples, both sets.
+        forward: for C_fwd instead of C.
+
+    Returns:
+        The plug-in in nats.
     """
     part, l, share = _outer(cells, forward)
     other, minus, _ = _outer(cells, not forward)

@@ -1,8 +1,8 @@
 """The calibration budget of a fine-tune, `KL(q || p0) = P + S + C`, from rewards and log-probabilities alone.
 
-P is the price of the mean reward, S what the shape of the reward marginal costs beyond it, C the calibration
-loss `E_{r~q} KL(q(y|r) || p0(y|r))`: zero exactly when q is p0 tilted by some function of the reward. Needs
-no model and no normalizing constant: samples of the tuned policy, better also of the base policy, each scored under both.
+P is the price of the mean reward, S what the shape of the reward marginal costs beyond it, C the calibration loss
+`E_{r~q} KL(q(y|r) || p0(y|r))`: zero exactly when q is p0 tilted by some function of the reward. Needs no model and
+no normalizing constant: samples of the tuned policy, better also of the base policy, each scored under both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ import math
 import numpy as np
 
 from kl_rl.calibration.balance import Balance, balance, calibration_terms, within_level_loss
-from kl_rl.calibration.bounds import Unreached, lower_bound, unreached_levels, unseen_mass, upper_bound
+from kl_rl.calibration.bounds import (
+    Unreached,
+    lower_bound,
+    merged_plug_in,
+    unreached_levels,
+    unseen_mass,
+    upper_bound,
+)
 from kl_rl.calibration.jackknife import Jackknife, jackknife, prompt_left_out
 from kl_rl.calibration.levels import Cells, build_cells
 from kl_rl.calibration.price import Price, fit_tilts, log_moments, price, tilt_spread
@@ -148,7 +155,8 @@ def _two_sided(
     symmetric = _interval(cells, known["C_JS"], above=sides, below=sides)
     bounds = [(lower_bound(cells, side), upper_bound(cells, side)) for side in (False, True)]
     if _thin(cells):
-        c, forward = _widened(c, *bounds[0]), _widened(forward, *bounds[1])
+        c = _widened(c, bounds[0][0], merged_plug_in(cells))
+        forward = _widened(forward, bounds[1][0], merged_plug_in(cells, True))
         symmetric = symmetric._replace(lower=0.0, upper=math.log(2.0))
     return {
         "C": c._replace(lower_bound=bounds[0][0], upper_bound=bounds[0][1]),

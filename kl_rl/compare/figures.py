@@ -96,7 +96,7 @@ def budget_bars(data: dict[str, Any]) -> bytes:
     axes.set_yticks(position, [r["method"] for r in table])
     axes.set_xlabel(f"KL(q || p0) = P + S + C at mean reward {target:.2f}   [nats]")
     axes.grid(axis="y", visible=False)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside upper center", ncol=3)
     return _png(figure)
 
 

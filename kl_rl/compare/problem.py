@@ -92,7 +92,9 @@ def _train_base(
     init_key, fit_key, test_key = jax.random.split(key, 3)
     prompt = jnp.asarray(world.prompts)
     context = prompt.shape[1] + world.horizon
-    policy = models.transformer_policy(init_key, world.vocab, extra=1 + num_tokens, context=context)
+    policy = models.transformer_policy(
+        init_key, world.vocab, extra=1 + num_tokens, context=context, width=48, layers=1, heads=4
+    )
 
     def batch(key, size=256):
         per_prompt = max(1, size // prompt.shape[0])

@@ -117,7 +117,7 @@ def reference_laws(problem: Problem, fractions: tuple[float, ...]) -> list[Refer
 
 
 def flow_curves(
-    problem: Problem, beta: float, *, num_steps: int = 300, step_size: float = 0.2
+    problem: Problem, beta: float, *, num_steps: int = 4000, step_size: float = 4.0
 ) -> dict[str, np.ndarray]:
     """Exact gradient flows over the full table for the first prompt, with and without a KL term (T2.6).
 
@@ -131,7 +131,7 @@ def flow_curves(
                 base, reward, step_size=step_size, num_steps=num_steps, inverse_kl_weight=inverse
             )
         )
-        keep = np.unique(np.geomspace(1, num_steps, 40).astype(int))
+        keep = np.unique(np.geomspace(1, num_steps, 60).astype(int))
         return {
             "exact flow without KL": np.asarray(run(jnp.asarray(np.inf)))[keep],
             "exact flow with KL": np.asarray(run(jnp.asarray(1.0 / beta)))[keep],

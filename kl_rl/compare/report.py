@@ -13,9 +13,10 @@ from typing import Any
 __all__ = ["html_report", "number", "plain_table"]
 
 Row = dict[str, Any]
+WITH_ERROR = ("S", "C", "C_fwd", "C_JS")
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2.5rem auto; padding: 0
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 66rem; margin: 2.5rem auto; padding: 0
 1.2rem; } h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 p.answer { font-size: 1.1rem; background: #f5f3ee; border-left: 4px solid #c44e52; padding: .8rem 1rem; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; } div.wide {
@@ -42,7 +43,7 @@ def number(value: Any, digits: int = 3) -> str:
 def _cell(row: Row, name: str) -> str:
     if name not in row:
         return ""
-    error = row.get(f"{name}_stderr")
+    error = row.get(f"{name}_stderr") if name in WITH_ERROR else None
     tail = f' <span class="se">&plusmn;{number(error, 1)}</span>' if error else ""
     return number(row[name]) + tail
 

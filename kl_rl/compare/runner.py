@@ -19,6 +19,9 @@ from kl_rl.posterior import Posterior
 __all__ = ["Plan", "Trained", "make_context", "train"]
 
 
+FAST_COMPILE = {
+    "xla_backend_optimization_level": 1
+}  # programs here run for seconds: compile time matters as much
 DENSE = 8  # an early-stopped run is measured this many times more often: its path is its knob
 
 
@@ -138,7 +141,9 @@ def train(
     knobs = jnp.asarray(knob, jnp.float32)
     started = time.perf_counter()
     run = jax.jit(jax.vmap(begin, in_axes=(None, 0, 0)))(problem.base, knobs, keys)
-    compiled = jax.jit(jax.vmap(chunk, in_axes=(None, 0, 0))).lower(problem.base, knobs, run).compile()
+    compiled = (
+        jax.jit(jax.vmap(chunk, in_axes=(None, 0, 0))).lower(problem.base, knobs, run).compile(FAST_COMPILE)
+    )
     laws_of = jax.jit(
         lambda policies: jax.lax.map(lambda q: exact_law(q, problem.prompt, problem.strings), policies)
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from kl_rl.compare.catalogue import Method
 from kl_rl.compare.knobs import row_beta
+from kl_rl.compare.parallel import Board, in_parallel
 from kl_rl.compare.problem import Problem, make_problem, mean_at_fraction
 from kl_rl.compare.reference import flow_curves, reference_laws
 from kl_rl.compare.rows import exact_budgets, sampled_interval
@@ -139,16 +140,19 @@ def run_tabular(
                 "curves.jsonl", _flow_rows(problem, mean_at_fraction(problem, plan.fractions[1])[1])
             )
         session.append("results.jsonl", [row | about for row in rows])
-    for number, method in enumerate(methods):
-        if method.name in done:
-            continue
-        at = lambda inner, message, n=number: progress((2 + n + inner) / total, message)
-        started = time.perf_counter()
-        trained = train(method, problem, plan, list(range(plan.seeds)), at)
-        rows, curves = _method_rows(method, trained, problem, plan, measure)
-        session.append("curves.jsonl", [c for c in curves if len(trained.steps) > 1])
+    waiting = [method for method in methods if method.name not in done]
+    board = Board(progress, offset=2 + len(methods) - len(waiting), total=total)
+
+    def work(method: Method) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        trained = train(
+            method, problem, plan, list(range(plan.seeds)), functools.partial(board.tell, method.name)
+        )
+        return _method_rows(method, trained, problem, plan, measure)
+
+    for method, (rows, curves) in in_parallel(work, waiting, board.stop):
+        session.append("curves.jsonl", curves)
         session.append("results.jsonl", [row | about for row in rows])
-        at(1.0, f"{method.name}: {len(rows)} rows in {time.perf_counter() - started:.0f} s")
+        board.tell(method.name, 1.0, f"{method.name}: {len(rows)} rows done")
 
 
 def describe(world: World, plan: Plan, problem: Problem) -> dict[str, Any]:

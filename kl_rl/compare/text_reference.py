@@ -98,7 +98,7 @@ def tilted_expectation(exponent: np.ndarray, value: np.ndarray) -> tuple[Estimat
 
 
 def posterior_row(problem: TextProblem, beta: float, rng: np.random.Generator) -> dict[str, Any]:
-    """The row of p*_beta: reward, price and entropy by weighted base samples; S = C = 0 by definition (T1.3).
+    """The row of p*_beta: reward, price and entropy by weighted base samples; S = C = 0 (T2.3, T2.4).
 
     Args:
       problem: with base samples.

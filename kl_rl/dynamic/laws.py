@@ -42,7 +42,7 @@ class Moments(NamedTuple):
 def log_twists(
     process: HiddenMarkov, automaton: Automaton, horizon: int, beta: jax.Array | float, end: int | None = None
 ) -> jax.Array:
-    """Soft values / beta: `log psi_t(z, q) = log E[exp(sum_{s >= t} w_s / beta) | z_t = z, q_t = q]` (T1.2).
+    """Soft values / beta: `log psi_t(z, q) = log E[exp(sum_{s >= t} w_s / beta) | z_t = z, q_t = q]` (T1.3).
 
     `psi_t(z, q) = sum_v B(v|z) e^{w(q, v) / beta} sum_z' A(z'|z) psi_{t+1}(z', next(q, v))`, `psi_T = 1`.
 
@@ -83,7 +83,7 @@ def posterior_moments(
     beta: jax.Array | float,
     end: int | None = None,
 ) -> Moments:
-    """Derivatives of `Lambda(lambda) = log E_{p0} e^{lambda r}` at `lambda = 1 / beta` (T1.3).
+    """Derivatives of `Lambda(lambda) = log E_{p0} e^{lambda r}` at `lambda = 1 / beta` (T1.2).
 
     `E_{p*} r = Lambda'`, `Var_{p*} r = Lambda''`, `KL(p* || p0) = lambda Lambda' - Lambda`. `beta = inf`
     gives p0.

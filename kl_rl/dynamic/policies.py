@@ -1,6 +1,6 @@
 """p*, and p0 given its reward, as policies: the base process steered by exact twists.
 
-An optimally twisted proposal is the posterior itself (T1.2; Zhao et al. 2024, arXiv 2404.17546).
+An optimally twisted proposal is the posterior itself (T1.3; Zhao et al. 2024, arXiv 2404.17546).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Exact samplers from p* and from p0 given the reward, by ancestral sampling with exact twists.
 
-`p*(z', v | z, q)` is proportional to `B(v|z) e^{w(q, v) / beta} A(z'|z) psi(z', next(q, v))` (T1.2).
+`p*(z', v | z, q)` is proportional to `B(v|z) e^{w(q, v) / beta} A(z'|z) psi(z', next(q, v))` (T1.3).
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""Tiny worlds whose every string can be listed, and the count of theorems that the run has checked."""
+"""Tiny worlds whose every string can be listed."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,10 +14,6 @@ from kl_rl.automaton import Automaton, automaton_reward
 from kl_rl.hidden_markov import HiddenMarkov, hidden_markov_policy
 from kl_rl.models.tables import table_policy
 from kl_rl.policy import Policy
-
-NOTES = Path(__file__).parents[2] / "theory_notes"
-HEADING = re.compile(r"^### ([TC]\d+\.\d+)\b", re.MULTILINE)
-checked: set[str] = set()
 
 
 class Tiny(NamedTuple):
@@ -156,24 +150,3 @@ def random_pair(request) -> tuple[jax.Array, jax.Array, jax.Array, exact.Levels]
     log_q, log_p = np.log(rng.dirichlet(np.ones(12), 2))
     reward = rng.permutation(np.repeat([-1.0, 0.0, 0.5, 2.0], [2, 3, 3, 4]))
     return jnp.asarray(log_q), jnp.asarray(log_p), jnp.asarray(reward), exact.reward_levels(reward)
-
-
-def pytest_collection_modifyitems(items) -> None:
-    """Attach the theorem ids of a test to its report."""
-    for item in items:
-        for mark in item.iter_markers("theorem"):
-            item.user_properties.extend(("theorem", name) for name in mark.args)
-
-
-def pytest_runtest_logreport(report) -> None:
-    """Count the statements whose tests ran and passed."""
-    if report.when == "call" and report.passed:
-        checked.update(value for key, value in report.user_properties if key == "theorem")
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    """One line: how much of the theory this run has checked."""
-    stated = {name for path in NOTES.glob("*.md") for name in HEADING.findall(path.read_text("utf-8"))}
-    terminalreporter.write_line(
-        f"theorems checked: {len(checked & stated)} (of {len(stated)} in theory_notes)"
-    )

@@ -1,0 +1,131 @@
+"""Rewards on text: the automaton equals the host's score; files that cannot be used are named."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kl_rl.worlds.lexicon import load_reward
+from kl_rl.worlds.text_reward import BadReward, TextReward
+
+
+@pytest.mark.parametrize("case", [False, True])
+@pytest.mark.parametrize("clip", [None, 1.5])
+def test_automaton_equals_host_score_on_random_strings(case, clip):
+    alphabet = "\n 'abB.\u2019o"
+    entries = {"a": 0.7, "ab": -1.2, "a'b": 2.0, "ba": 0.3, "B": 0.5, "bob": 1.1, "a''b": -0.4, "oa": 0.3}
+    reward = TextReward("w", tuple(entries.items()), case=case, clip=clip)
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, len(alphabet), (20_000, 9))
+    prompt = np.concatenate(
+        [np.full((20_000, 1), len(alphabet)), rng.integers(0, len(alphabet), (20_000, 3))], 1
+    )
+    spell = lambda row: "".join(alphabet[i] for i in row)
+    host = [reward.score(spell(y), spell(x[1:])) for x, y in zip(prompt, tokens, strict=True)]
+    scorer = reward.compile(alphabet)
+    device = jax.jit(lambda s, x, y: s(x, y, jnp.ones(y.shape)))(
+        scorer, jnp.asarray(prompt), jnp.asarray(tokens)
+    )
+    assert len(set(host)) > 5
+    np.testing.assert_array_equal(np.asarray(device), host)
+
+
+def test_what_counts_as_a_word():
+    reward = TextReward("w", (("good", 1.0), ("don't", 10.0)), unit=1.0)
+    assert reward.score("good") == 0.0, "a word still open at the end does not count"
+    assert reward.score("good ") == 1.0
+    assert reward.score("'Good', goods \u2018good\u2019 don't don\u2019t.") == 22.0
+    assert reward.score("ood.", "a g") == 1.0, "a word may begin in the prompt"
+    assert reward.score("x.", "good ") == 0.0, "a word of the prompt is the prompt's"
+
+
+def test_patterns_match_the_host_inside_jit_and_vmap(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text(
+        json.dumps({"patterns": [{"pattern": "A+", "weight": 2}, {"pattern": "b$", "weight": -0.5}]})
+    )
+    reward, alphabet = load_reward(path), "ab "
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 50, 6)))
+    scorer, prompt = reward.compile(alphabet), jnp.full((2, 1, 1), 3)
+    device = jax.jit(jax.vmap(lambda x, y: scorer(x, y, jnp.ones(y.shape))))(prompt, tokens)
+    host = [[reward.score("".join(alphabet[i] for i in row)) for row in part] for part in np.asarray(tokens)]
+    np.testing.assert_array_equal(np.asarray(device), host)
+    assert len(np.unique(host)) > 3
+
+
+def test_tab_separated_word_list(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text(":)\t2.0\t1.0\t[1, 2]\nGood\t1.9\t0.9\t[2]\nmeh\t-0.1\t0.3\t[0]\nso so\t1\nbad\t-2.4\n")
+    reward = load_reward(path)
+    assert dict(reward.words) == {"good": 2.0, "bad": -2.5}
+    assert reward.skipped == 3
+    assert dict(load_reward(path, round_to=0.1).words) == pytest.approx(
+        {"good": 1.9, "meh": -0.1, "bad": -2.4}
+    )
+
+
+def test_json_word_list_with_options(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text('{"lexicon": {"Good": 1, "bad": -2}, "case": true, "scale": 0.5, "clip": 0.75}')
+    reward = load_reward(path)
+    assert reward.score("Good good bad bad ") == -0.75
+    assert reward.score("Good Good ") == 0.75
+    assert reward.score("Good ") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"lexicon": {"a": 1,}}', ["r.json", "line 1, column", "JSON"]),
+        ('{"lexicon": {"a": NaN}}', ['"a"', "finite"]),
+        ('{"lexicon": {"a": true}}', ['"a"', "number"]),
+        ('{"lexicon": {"a": "x"}}', ['"a"', "number"]),
+        ('{"lexicon": {"a": 1, "a": 2}}', ['"a"', "twice"]),
+        ('{"lexicon": {"a": 1, "A": 2}}', ['"A"', "two weights"]),
+        ('{"lexicon": {"a b": 1}}', ['"a b"', "patterns"]),
+        ('{"lexicon": {}}', ["lexicon", "at least one"]),
+        ('{"lexicon": {"a": 0}}', ["0"]),
+        ('{"lexicon": {"a": 1}, "weigth": 2}', ["weigth", "known keys"]),
+        ('{"lexicon": {"a": 1}, "clip": 0}', ["clip", "positive"]),
+        ('{"lexicon": {"a": 1}, "case": 1}', ["case", "true or false"]),
+        ("[1]", ["lexicon", "patterns"]),
+        ('{"patterns": [{"pattern": "(", "weight": 1}]}', ["patterns[0].pattern", "regular expression"]),
+        ('{"patterns": [{"pattern": "a"}]}', ["patterns[0]", "weight"]),
+        ("", ["empty"]),
+    ],
+)
+def test_bad_json_rewards_are_named(tmp_path, content, words):
+    path = tmp_path / "r.json"
+    path.write_text(content)
+    with pytest.raises(BadReward) as error:
+        load_reward(path)
+    assert all(word in str(error.value) for word in [str(path), *words]), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"good\t1\nbad minus\n", ["line 2", "tab"]),
+        (b"good\t1\nbad\tx\n", ["line 2", "column 2", "number"]),
+        (b"good\tinf\n", ["line 1", "finite"]),
+        (b"good\t1\n\xff\t1\n", ["line 2", "UTF-8"]),
+        (b":)\t1\n", ["no entry"]),
+    ],
+)
+def test_bad_word_lists_are_named(tmp_path, content, words):
+    path = tmp_path / "r.tsv"
+    path.write_bytes(content)
+    with pytest.raises(BadReward) as error:
+        load_reward(path)
+    assert all(word in str(error.value) for word in [str(path), *words]), str(error.value)
+
+
+def test_missing_reward_file_and_unspellable_words(tmp_path):
+    with pytest.raises(BadReward, match="no such file"):
+        load_reward(tmp_path / "none.json")
+    with pytest.raises(BadReward, match="directory"):
+        load_reward(tmp_path)
+    with pytest.raises(BadReward, match="spelled"):
+        TextReward("w", (("good", 1.0),)).compile("abc ")
