@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from kl_rl.compare.catalogue import CATALOGUE
-from kl_rl.compare.text_knobs import sampled_knobs, targets, tilt_to_mean
-from kl_rl.compare.text_reference import log_normalizer, tilted_expectation
+from kl_rl.compare.text.knobs import sampled_knobs, targets, tilt_to_mean
+from kl_rl.compare.text.reference import log_normalizer, tilted_expectation
 
 
 def law(rng, size, lam=1.0):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kl_rl.compare import text as compare_text
 from kl_rl.compare.catalogue import CATALOGUE
-from kl_rl.compare.text_measure import measure
-from kl_rl.compare.text_problem import TextPlan, make_problem, score
-from kl_rl.compare.text_reference import control
+from kl_rl.compare.text import run as compare_text
+from kl_rl.compare.text.measure import measure
+from kl_rl.compare.text.problem import TextPlan, make_problem, score
+from kl_rl.compare.text.reference import control
 from kl_rl.worlds.lexicon import default_reward
 from kl_rl.worlds.text import BadText, load_text, make_corpus
 from kl_rl.worlds.text_base import BasePlan, held_out_loss, load_or_train

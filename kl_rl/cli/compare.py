@@ -134,9 +134,45 @@ def _run_world(args: argparse.Namespace, folder: Path, progress) -> dict[str, An
 
 
 def _run_text(args: argparse.Namespace, folder: Path, progress) -> dict[str, Any]:
-    from kl_rl.compare.text_main import run_text_command
+    from kl_rl.compare import main, session, text
 
-    return run_text_command(args, folder, progress)
+    plan = text.TextPlan()
+    plan = plan._replace(minutes=args.minutes or plan.minutes, steps=args.steps or plan.steps)
+    methods = args.methods or list(text.DEFAULT_METHODS)
+    settings = {"text": args.text, "reward": args.reward, "methods": methods, "seeds": args.seeds or 1}
+    settings = json.loads(json.dumps(settings | plan._asdict()))
+    with session.opened(folder, settings, resume=args.resume) as opened:
+        about, stopped = session.provenance(), False
+        done = frozenset((r["method"], r["knob_value"], r["seed"]) for r in opened.rows("results.jsonl"))
+
+        def keep_facts(facts: dict[str, Any]) -> None:
+            subtitle = (
+                f"{facts['alphabet_size']} characters, completions of {plan.horizon}, {plan.steps} steps of "
+                f"{plan.num_samples} samples; no exact truth: estimates with 95 % intervals."
+            )
+            session.write_atomically(
+                folder / "world.json", json.dumps(facts | {"subtitle": subtitle}, indent=1) + "\n"
+            )
+
+        try:
+            text.run_text(
+                text=args.text or None,
+                reward=args.reward,
+                methods=methods,
+                seeds=range(settings["seeds"]),
+                out=folder,
+                done=done,
+                plan=plan,
+                progress=progress,
+                on_rows=lambda rows: opened.append("results.jsonl", [row | about for row in rows]),
+                on_facts=keep_facts,
+            )
+        except KeyboardInterrupt:
+            stopped = True
+        if not (folder / "world.json").exists():
+            raise KeyboardInterrupt
+        data = main.finish(opened, json.loads((folder / "world.json").read_text()), text.collect_text)
+    return data | {"stopped": stopped}
 
 
 COLUMNS = ("method", "family", "reward", "kl", "P", "S", "C", "C_fwd", "C_JS")

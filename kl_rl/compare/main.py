@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from kl_rl.compare.figures import draw
-from kl_rl.compare.matched import grid, matched, summary
+from kl_rl.compare.matched import matched, summary
 from kl_rl.compare.report import html_report
 from kl_rl.compare.session import Session, write_atomically
 
-__all__ = ["collect", "finish"]
+__all__ = ["collect", "finish", "frame", "frontier_price", "seed_means"]
 
 Row = dict[str, Any]
 
@@ -34,7 +34,7 @@ def _frontier(law: list[list[float]]) -> list[list[float]]:
     return points
 
 
-def _means(rows: list[Row]) -> list[Row]:
+def seed_means(rows: list[Row]) -> list[Row]:
     """Seed means of every numeric field at each knob."""
     out = []
     for key in dict.fromkeys((r["method"], r["knob_value"]) for r in rows):
@@ -82,35 +82,49 @@ def _checks(rows: list[Row]) -> list[str]:
     return lines
 
 
+def frontier_price(law: list[list[float]]) -> tuple[list[list[float]], Callable[[float], float]]:
+    """The frontier of a reward law, and P as a function of the mean reward by interpolation along it."""
+    frontier = _frontier(law)
+    kl, reward = np.array(frontier).T
+    return frontier, lambda mean: float(np.interp(mean, reward, kl))
+
+
+def frame(rows: list[Row], world: Row) -> Row:
+    """Title, subtitle and footer, the same for every kind of run."""
+    about = rows[0] if rows else {}
+    versions = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items())
+    return {
+        "title": f"What fine-tuning did: {world['name']}",
+        "subtitle": world["subtitle"],
+        "footer": f"{versions}; commit {about.get('commit')}; device {about.get('device')}. "
+        "Data: results.jsonl (one line per method, knob, seed), curves.jsonl, summary.json.",
+    }
+
+
 def collect(folder: Path, rows: list[Row], curves: list[Row], world: Row) -> Row:
-    """Everything the report shows, as plain JSON values.
+    """Everything the report shows of a run on an enumerable world, as plain JSON values.
 
     Args:
-      folder: of the run, for its name.
+      folder: of the run.
       rows: results.jsonl.
       curves: curves.jsonl.
-      world: ``{name, strings, law: [[r, prob], ...], question, ...}``.
+      world: ``{name, subtitle, question, law: [[r, prob], ...], targets}``.
 
     Returns:
-      A dict; also written as ``summary.json``.
+      A dict for ``html_report`` and ``summary.json``.
     """
     value, mass = np.array(world["law"]).T
     base_reward = float(value @ mass)
-    targets = grid(base_reward, float(value.max()), world["fractions"])
-    kl_targets = [0.5, 1.0]
+    targets, kl_targets = world["targets"], [0.5, 1.0]
     curves = list({(c["method"], c["knob_value"], c["seed"], c["step"]): c for c in curves}.values())
     # Early stopping sweeps the step: its path is the whole curve, not three stops.
     stepped = {r["method"] for r in rows if r["knob"] == "steps"}
     families = {r["method"]: r["family"] for r in rows}
     path = [r for r in rows if r["method"] not in stepped and r["method"] != "control"]
     path += [c | {"family": families[c["method"]]} for c in curves if c["method"] in stepped]
-    frontier = _frontier(world["law"])
-    price = lambda mean: float(np.interp(mean, [p[1] for p in frontier], [p[0] for p in frontier]))
+    frontier, price = frontier_price(world["law"])
     matched_reward = matched(path, "reward", targets, base_reward, price)
-    about = rows[0] if rows else {}
-    return {
-        "title": f"What fine-tuning did to {world['name']}",
-        "subtitle": world["subtitle"],
+    return frame(rows, world) | {
         "question": world["question"],
         "answer": summary(matched_reward, targets[0]),
         "targets": targets,
@@ -118,14 +132,12 @@ def collect(folder: Path, rows: list[Row], curves: list[Row], world: Row) -> Row
         "kl_targets": kl_targets,
         "matched_reward": matched_reward,
         "matched_kl": matched(path, "kl", kl_targets, base_reward),
-        "means": _means(rows),
+        "means": seed_means(rows),
         "checks": _checks(rows),
         "frontier": frontier,
+        "base_reward": base_reward,
         "rows": rows,
         "curves": curves,
-        "footer": f"kl_rl; versions {json.dumps(about.get('versions', {}))}, commit "
-        f"{about.get('commit')}, device {about.get('device')}. "
-        "Data: results.jsonl (one line per method, knob, seed), curves.jsonl, summary.json.",
     }
 
 

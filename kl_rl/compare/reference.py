@@ -109,7 +109,7 @@ def reference_laws(problem: Problem, fractions: tuple[float, ...]) -> list[Refer
         law = _prompts(problem, lambda b, r, n=n: best_of_n_law(b, r, n))
         rows.append(ReferenceLaw("exact-best-of-n", "n", n, law, 0.0))
     present = value[mass > 1e-12]
-    for tau in present[[len(present) // 3, len(present) // 2, 2 * len(present) // 3]]:
+    for tau in np.unique(present[[len(present) // 3, len(present) // 2, 2 * len(present) // 3]]):
         with np.errstate(divide="ignore"):
             law = _prompts(problem, lambda b, r, t=tau: normalized(np.where(r >= t, b, -np.inf)))
         rows.append(ReferenceLaw("exact-filter", "threshold", float(tau), law, 0.0))

@@ -16,7 +16,7 @@ Row = dict[str, Any]
 WITH_ERROR = ("S", "C", "C_fwd", "C_JS")
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 66rem; margin: 2.5rem auto; padding: 0
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2.5rem auto; padding: 0
 1.2rem; } h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 p.answer { font-size: 1.1rem; background: #f5f3ee; border-left: 4px solid #c44e52; padding: .8rem 1rem; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; } div.wide {
@@ -116,6 +116,36 @@ def _figures(figures: dict[str, tuple[bytes, str]]) -> str:
     return "".join(parts)
 
 
+INTERVAL_COLUMNS = ("kl", "P", "S", "C", "C_fwd", "C_JS")
+
+
+def _interval_table(rows: list[Row]) -> str:
+    """Each run on its own, C and its relatives as intervals."""
+    shown = []
+    for row in rows:
+        entry = {"method": row["method"], "family": row["family"], "knob_value": row["knob_value"]}
+        entry |= {"reward": row["reward"], "held_out_loss": row.get("held_out_loss")}
+        for name in INTERVAL_COLUMNS:
+            low, high = row.get(f"{name}_lower"), row.get(f"{name}_upper")
+            middle = number(row.get(name))
+            entry[name] = (
+                middle if low is None and high is None else f"{middle} [{number(low)}, {number(high)}]"
+            )
+        shown.append({k: v if k in INTERVAL_COLUMNS else v for k, v in entry.items() if v is not None})
+    columns = [("method", "method"), ("family", "family"), ("knob_value", "knob"), ("reward", "reward")]
+    columns += [(name, "KL" if name == "kl" else name) for name in INTERVAL_COLUMNS]
+    columns += [("held_out_loss", "held-out loss")]
+    return _table(shown, columns, ("method", "family", *INTERVAL_COLUMNS))
+
+
+def _previews(previews: list[tuple[str, list[str]]]) -> str:
+    parts = []
+    for name, texts in previews:
+        lines = "".join(f"<li><code>{html.escape(text)}</code></li>" for text in texts)
+        parts.append(f"<details><summary>{html.escape(name)}</summary><ul>{lines}</ul></details>")
+    return "".join(parts)
+
+
 def html_report(data: dict[str, Any], figures: dict[str, tuple[bytes, str]]) -> str:
     """The whole page as one string, pictures inside.
 
@@ -146,6 +176,10 @@ def html_report(data: dict[str, Any], figures: dict[str, tuple[bytes, str]]) -> 
         "<h2>Calibration and queries, last checkpoint of each knob (seed means)</h2>"
         + _table(data["means"], [c for c in EXTRA_COLUMNS if any(c[0] in r for r in data["means"])], text)
     )
+    if data.get("intervals"):
+        sections.append("<h2>Every run, with 95 % intervals</h2>" + _interval_table(data["intervals"]))
+    if data.get("previews"):
+        sections.append("<h2>Sample completions</h2>" + _previews(data["previews"]))
     sections.append(
         "<h2>Checks of the instrument</h2><ul>"
         + "".join(f"<li>{html.escape(c)}</li>" for c in data["checks"])

@@ -11,6 +11,7 @@ import numpy as np
 
 from kl_rl.compare.catalogue import Method
 from kl_rl.compare.knobs import row_beta
+from kl_rl.compare.matched import grid
 from kl_rl.compare.parallel import Board, in_parallel
 from kl_rl.compare.problem import Problem, make_problem, mean_at_fraction
 from kl_rl.compare.reference import flow_curves, reference_laws
@@ -23,7 +24,7 @@ __all__ = ["describe", "run_tabular"]
 
 Progress = Callable[[float, str], None]
 SAMPLED = 2000
-CURVE_FIELDS = ("reward", "kl", "P", "S", "C", "C_fwd", "C_JS")
+CURVE_FIELDS = ("reward", "kl", "P", "S", "C", "C_fwd", "C_JS", "entropy_gap", "kl_pstar_q")
 
 
 def _interval(problem: Problem, law: np.ndarray, row: dict[str, Any], tag: int) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def describe(world: World, plan: Plan, problem: Problem) -> dict[str, Any]:
     return {
         "name": world.name,
         "law": law,
-        "fractions": [plan.fractions[0] + 0.05, plan.fractions[1]],
+        "targets": grid(law, (plan.fractions[0] + 0.05, plan.fractions[1])),
         "subtitle": f"{world.vocab}^{world.horizon} = {world.num_strings} strings, {len(law)} reward "
         f"levels, {plan.seeds} seeds, "
         f"{plan.steps} steps of {plan.num_samples} samples; every number below is exact for the "

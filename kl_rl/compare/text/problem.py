@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl.compare.text_knobs import targets
+from kl_rl.compare.text.knobs import targets
 from kl_rl.policy import Policy, sequence_log_prob
 from kl_rl.rollout import sample
 from kl_rl.samples import Samples
@@ -49,9 +49,9 @@ class TextPlan(NamedTuple):
     prompt_length: int = 16
     width: int = 128
     layers: int = 2
-    steps: int = 90
+    steps: int = 120
     num_samples: int = 64
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
     num_tuned: int = 2048
     num_base: int = 4096
     shifts: tuple[float, ...] = (0.5, 1.5)

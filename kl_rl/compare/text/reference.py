@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kl_rl import numerics
-from kl_rl.compare.text_problem import TextProblem, draw, flat_samples, score
+from kl_rl.compare.text.problem import TextProblem, draw, flat_samples, score
 from kl_rl.estimate import Estimate, mean_estimate
 from kl_rl.policy import Policy
 from kl_rl.samples import Samples

@@ -19,10 +19,10 @@ import numpy as np
 from kl_rl import fit, models
 from kl_rl.calibration import calibration_budget
 from kl_rl.compare.catalogue import Context, Method, methods_named
-from kl_rl.compare.text_knobs import sampled_knobs, tilt_to_mean
-from kl_rl.compare.text_measure import base_row, budget_row, measure, previews
-from kl_rl.compare.text_problem import TextPlan, TextProblem, make_problem
-from kl_rl.compare.text_reference import control, posterior_row
+from kl_rl.compare.text.knobs import sampled_knobs, tilt_to_mean
+from kl_rl.compare.text.measure import base_row, budget_row, measure, previews
+from kl_rl.compare.text.problem import TextPlan, TextProblem, make_problem
+from kl_rl.compare.text.reference import control, posterior_row
 from kl_rl.policy import Policy
 from kl_rl.posterior import Posterior
 from kl_rl.worlds.lexicon import default_reward, load_reward
@@ -212,6 +212,7 @@ def _facts(problem: TextProblem, references: list[Row]) -> dict[str, Any]:
         "name": corpus.name,
         "characters": len(corpus.train) + len(corpus.held_out),
         "alphabet": corpus.alphabet,
+        "alphabet_size": len(corpus.alphabet),
         "replaced": corpus.replaced,
         "base_loss": problem.base.held_out_loss,
         "unigram_entropy": problem.base.unigram_entropy,
@@ -251,6 +252,7 @@ def run_text(
     base_seed: int = 0,
     progress: Progress = _silent,
     on_rows: Callable[[list[Row]], None] = lambda rows: None,
+    on_facts: Callable[[dict[str, Any]], None] = lambda facts: None,
 ) -> TextResult:
     """Train a base model on a text, fine-tune it with each method, and measure what each did to it.
 
@@ -268,6 +270,7 @@ def run_text(
       base_seed: of the base model, its samples and the reference rows.
       progress: called with a fraction of the work and a message.
       on_rows: called with new rows as soon as they exist.
+      on_facts: called with the facts as soon as the base model and the reference rows exist.
 
     Returns:
       Rows and facts.
@@ -288,6 +291,8 @@ def run_text(
             on_rows([row])
 
     references = list(_references(problem, base_seed))
+    facts = _facts(problem, references)
+    on_facts(facts)
     for row in references:
         hand_over(row)
     words = [
@@ -300,4 +305,4 @@ def run_text(
         for row in _train(method, problem, lanes, words, part) if lanes else ():
             hand_over(row)
     progress(1.0, "done")
-    return TextResult(rows, _facts(problem, references))
+    return TextResult(rows, facts)
