@@ -136,7 +136,9 @@ def along_training(data: dict[str, Any]) -> bytes:
         for knob in sorted({c["knob_value"] for c in curves}):
             mine = [c for c in curves if c["knob_value"] == knob]
             steps = sorted({c["step"] for c in mine})
-            x = [data["base_reward"]] + [np.mean([c["reward"] for c in mine if c["step"] == s]) for s in steps]
+            x = [data["base_reward"]] + [
+                np.mean([c["reward"] for c in mine if c["step"] == s]) for s in steps
+            ]
             y = [0.0] + [np.mean([c["C"] for c in mine if c["step"] == s]) for s in steps]
             label = method if knob == min(c["knob_value"] for c in curves) else None
             axes.plot(x, y, style, color=colour, label=label, linewidth=1.3, marker=".", markersize=4)

@@ -71,16 +71,18 @@ class Session:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(folder / ".lock", "a")
         except (OSError, ValueError) as error:
-            raise OutputError(
-                f"{folder}: cannot write here: {getattr(error, 'strerror', None) or error}; choose another --out"
-            ) from error
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"{folder}: cannot write here: {reason}; choose another --out") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(
-                f"{folder}: another process is writing to this folder; wait for it or choose another --out"
-            ) from error
-        self._check_settings(settings, resume)
+            self._check_settings(settings, resume)
+        except BlockingIOError as error:
+            self.close()
+            message = "another process is writing to this folder; wait for it or choose another --out"
+            raise OutputError(f"{folder}: {message}") from error
+        except BaseException:
+            self.close()
+            raise
 
     def _check_settings(self, settings: dict[str, Any], resume: bool) -> None:
         path = self.folder / "run.json"
