@@ -61,15 +61,15 @@ def test_tilt_reaches_its_mean():
     assert (weight * reward).sum() / weight.sum() == pytest.approx(mean, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", CATALOGUE, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [m for m in CATALOGUE if m.knob != "steps"], ids=lambda m: m.name)
 def test_every_method_gets_knobs_that_aim_higher_and_higher(method):
     reward = law(np.random.default_rng(0), 4000)[0]
     aims = targets(reward, (0.3, 1.0))
     assert reward.mean() < aims[0] < aims[1] < reward.max()
-    knobs = sampled_knobs(method, reward, aims, num_samples=64, steps=60)
+    knobs = sampled_knobs(method, reward, aims, num_samples=64)
     assert 1 <= len(knobs) <= 2
     assert all(math.isfinite(k) for k in knobs)
-    upward = method.knob in ("n", "threshold", "steps")
+    upward = method.knob in ("n", "threshold")
     assert knobs == sorted(knobs, reverse=not upward)
 
 
@@ -77,4 +77,4 @@ def test_best_of_n_knob_matches_the_known_law():
     reward = law(np.random.default_rng(0), 200_000)[0]
     best_of_4 = 3 - (0.9**4) * 2 - (0.6**4) * 1
     method = next(m for m in CATALOGUE if m.name == "best-of-n")
-    assert sampled_knobs(method, reward, (best_of_4,), num_samples=64, steps=60) == [4.0]
+    assert sampled_knobs(method, reward, (best_of_4,), num_samples=64) == [4.0]

@@ -14,6 +14,7 @@ __all__ = ["MEASURES", "grid", "matched", "summary"]
 
 MEASURES = ("reward", "kl", "P", "S", "C", "C_fwd", "C_JS", "entropy_gap", "kl_pstar_q")
 LINEAR = ("reward", "entropy_gap")
+WIDEST_GAP = 1.5  # between two points interpolated, in units of the distance from the base
 Row = dict[str, Any]
 
 
@@ -32,12 +33,15 @@ def _along(points: list[Row], axis: str, target: float, origin: float) -> dict[s
     """All measures at ``axis = target``; the base itself is the first point of every path.
 
     Divergences grow quadratically away from the base, so their square roots are interpolated linearly (and
-    the KL axis likewise).
+    the KL axis likewise). Points too far apart are not bridged.
     """
     start = dict.fromkeys(MEASURES, 0.0) | {"reward": origin}
     path = sorted([start, *points], key=lambda row: _number(row[axis]))
     along = np.array([_number(row[axis]) for row in path])
     if not (along[0] <= target <= along[-1]):
+        return None
+    right = int(np.searchsorted(along, target))
+    if right > 0 and along[right] - along[right - 1] > WIDEST_GAP * (target - along[0]):
         return None
     scale = (lambda x: np.sqrt(np.maximum(x, 0.0))) if axis == "kl" else (lambda x: x)
 

@@ -93,16 +93,15 @@ def _draws(reward: np.ndarray, mean: float, most: int) -> float:
 
 
 def sampled_knobs(
-    method: Method, reward: np.ndarray, means: tuple[float, ...], *, num_samples: int, steps: int
+    method: Method, reward: np.ndarray, means: tuple[float, ...], *, num_samples: int
 ) -> list[float]:
     """The settings of a method's knob that aim at given mean rewards.
 
     Args:
-      method: its `knob` says what is swept.
+      method: its `knob` says what is swept; not "steps", which training itself finds.
       reward: samples of the base; [P, M].
       means: mean rewards to aim at, ascending.
       num_samples: K; n is at most K / 2, and a threshold must let one sample in K pass.
-      steps: of training; early stopping is swept over a third and all of them.
 
     Returns:
       Knob values, without repetitions.
@@ -117,6 +116,4 @@ def sampled_knobs(
         "n": lambda mean: _draws(reward, mean, num_samples // 2),
         "greatest": lambda mean: _beta(reward, means[-1]),
     }
-    if method.knob == "steps":
-        return [float(max(1, steps // 3)), float(steps)]
     return list(dict.fromkeys(choices[method.knob](mean) for mean in means))

@@ -44,14 +44,14 @@ class TextPlan(NamedTuple):
     """
 
     minutes: float = 4.0
-    horizon: int = 48
+    horizon: int = 40
     prompts: int = 0
     prompt_length: int = 16
     width: int = 128
     layers: int = 2
-    steps: int = 120
+    steps: int = 150
     num_samples: int = 64
-    learning_rate: float = 5e-4
+    learning_rate: float = 3e-4
     num_tuned: int = 2048
     num_base: int = 4096
     shifts: tuple[float, ...] = (0.5, 1.5)

@@ -37,6 +37,7 @@ DEFAULT_METHODS = (
     "alpha-0.5", "dpo",
 )  # fmt: skip
 _CHUNKS = 6
+_CLOSELY = 2  # steps between two looks at an early-stopped run
 
 Row = dict[str, Any]
 Progress = Callable[[float, str], None]
@@ -69,13 +70,13 @@ def _context(problem: TextProblem, scorer: Any, twist: Policy) -> Context:
         twist=twist,
         constant=models.constant_twist(),
         learning_rate=plan.learning_rate,
-        steps=_chunk_steps(plan) * _CHUNKS,
+        steps=plan.steps,
         data_size=16 * plan.per_prompt,
     )
 
 
-def _chunk_steps(plan: TextPlan) -> int:
-    return max(1, plan.steps // _CHUNKS)
+def _chunk_steps(method: Method, plan: TextPlan) -> int:
+    return min(_CLOSELY, plan.steps) if method.knob == "steps" else max(1, plan.steps // _CHUNKS)
 
 
 def _twist(problem: TextProblem) -> Policy:
@@ -108,9 +109,10 @@ def _compile(method: Method, problem: TextProblem, twist: Policy) -> _Program:
     def chunk(base, scorer, twist, knob, run):
         made, posterior = setup(base, scorer, twist, knob)
         run, info = fit.advance(
-            made.algorithm, run, posterior, made.source, num_steps=_chunk_steps(problem.plan)
+            made.algorithm, run, posterior, made.source, num_steps=_chunk_steps(method, problem.plan)
         )
-        return run, made.algorithm.deploy(run.state, posterior), jnp.mean(info.ess)
+        policy = made.algorithm.deploy(run.state, posterior)
+        return run, policy, (jnp.mean(info.ess), jnp.mean(info.reward))
 
     started = time.perf_counter()
     fixed = (problem.base.policy, problem.scorer, twist, jnp.asarray(1.0, jnp.result_type(float)))
@@ -121,62 +123,58 @@ def _compile(method: Method, problem: TextProblem, twist: Policy) -> _Program:
 
 
 class _Lane(NamedTuple):
-    """One training run: the knob it is built with, and the rows it gives: (knob value, chunks trained)."""
+    """One training run."""
 
     knob: float
     seed: int
-    stops: tuple[tuple[float, int], ...]
 
 
 def _lanes(method: Method, problem: TextProblem, seeds: Sequence[int], done: Done) -> list[_Lane]:
-    """The runs still to be made. Early stopping is one run with several stops, at the strongest tilt."""
+    """The runs still to be made. Early stopping is one run for all its stops, at the strongest tilt."""
     plan, reward = problem.plan, problem.drawn.reward
-    steps = _chunk_steps(plan) * _CHUNKS
-    values = sampled_knobs(method, reward, problem.targets, num_samples=plan.per_prompt, steps=steps)
-    whole: list[tuple[float, tuple[tuple[float, int], ...]]] = [(v, ((v, _CHUNKS),)) for v in values]
     if method.knob == "steps":
-        stops = tuple((value, max(1, round(value / _chunk_steps(plan)))) for value in values)
-        whole = [(1.0 / tilt_to_mean(reward, problem.targets[-1]), stops)]
-    lanes = []
-    for knob, stops in whole:
-        for seed in seeds:
-            missing = tuple(stop for stop in stops if (method.name, stop[0], seed) not in done)
-            if missing:
-                lanes.append(_Lane(knob, seed, missing))
-    return lanes
+        stops = {seed: sum(name == method.name and s == seed for name, _, s in done) for seed in seeds}
+        knob = 1.0 / tilt_to_mean(reward, problem.targets[-1])
+        return [_Lane(knob, seed) for seed in seeds if stops[seed] < len(problem.targets)]
+    values = sampled_knobs(method, reward, problem.targets, num_samples=plan.per_prompt)
+    lanes = [_Lane(value, seed) for value in values for seed in seeds]
+    return [lane for lane in lanes if (method.name, lane.knob, lane.seed) not in done]
 
 
 def _train(
     method: Method, problem: TextProblem, lanes: list[_Lane], words: list[frozenset[str]], progress: Progress
 ) -> Iterator[Row]:
-    """Train every lane and measure it at its stops."""
+    """Train every lane; measure it at the end, or, if it is stopped early, when it first reaches each target."""
     progress(0.0, f"{method.name}: compiling")
     twist = _twist(problem)
     program = _compile(method, problem, twist)
-    per_chunk = _chunk_steps(problem.plan)
+    per_chunk = _chunk_steps(method, problem.plan)
+    chunks, stepped = max(1, problem.plan.steps // per_chunk), method.knob == "steps"
     for index, lane in enumerate(lanes):
         started, knob = time.perf_counter(), jnp.asarray(lane.knob, jnp.result_type(float))
         fixed = (problem.base.policy, problem.scorer, twist, knob)
         key = jax.random.key(lane.seed)
-        run, ess, stops = program.begin(*fixed, key), [], {chunks: value for value, chunks in lane.stops}
-        for chunk in range(1, max(stops) + 1):
-            run, policy, share = program.chunk(*fixed, run)
+        run, ess, waiting = program.begin(*fixed, key), [], list(problem.targets)
+        for chunk in range(1, chunks + 1):
+            run, policy, (share, reward) = program.chunk(*fixed, run)
             ess.append(float(share))
-            said = (
-                f"{method.name} ({method.knob} {lane.knob:.3g}, seed {lane.seed}): step {chunk * per_chunk}"
-            )
-            progress((index + chunk / max(stops)) / len(lanes), said)
-            if chunk not in stops:
+            step = chunk * per_chunk
+            said = f"{method.name} ({method.knob} {lane.knob:.3g}, seed {lane.seed}): step {step}"
+            progress((index + chunk / chunks) / len(lanes), said)
+            if chunk < chunks and not (stepped and float(reward) >= waiting[0]):
                 continue
             trained = time.perf_counter() - started
-            value = stops[chunk]
+            value = float(step) if stepped else lane.knob
             beta = value if method.knob == "beta" else None
             row = _named(method.name, method.family, method.knob, value, lane.seed)
             row |= measure(problem, policy, jax.random.fold_in(key, chunk), beta=beta, base_words=words)
-            row |= {"steps": chunk * per_chunk, "ess": float(np.mean(ess))}
+            row |= {"steps": step, "ess": float(np.mean(ess))}
             row |= {"wall_s": trained, "measure_s": time.perf_counter() - started - trained}
             yield row | {"compile_s": program.seconds}
             started = time.perf_counter() - trained
+            waiting = [target for target in waiting if target > float(reward)]
+            if not waiting:
+                break
 
 
 def _named(method: str, family: str, knob: str, value: float, seed: int) -> Row:
@@ -201,7 +199,7 @@ def _references(problem: TextProblem, seed: int) -> Iterator[Row]:
 def _betas(problem: TextProblem) -> list[float]:
     """The temperatures that the knobs of "beta" methods take."""
     method = methods_named(["rloo"])[0]
-    return sampled_knobs(method, problem.drawn.reward, problem.targets, num_samples=2, steps=1)
+    return sampled_knobs(method, problem.drawn.reward, problem.targets, num_samples=2)
 
 
 def _facts(problem: TextProblem, references: list[Row]) -> dict[str, Any]:
