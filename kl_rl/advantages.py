@@ -70,7 +70,7 @@ def generalized_advantage(reward: jax.Array, value: jax.Array, mask: jax.Array, 
     Args:
       reward: per-token reward in nats, terminal evidence not included (it is the last value); [..., T].
       value: values with their boundary, see ``terminal_twist``; [..., T + 1].
-      mask: [..., T].
+      mask: real tokens, those of the environment included (the value changes there too); [..., T].
       decay: lambda of GAE, in [0, 1].
 
     Returns:

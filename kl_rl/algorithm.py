@@ -20,7 +20,7 @@ import optax
 
 from kl_rl import advantages, numerics, weights
 from kl_rl.policy import Policy
-from kl_rl.posterior import Evidence, Posterior
+from kl_rl.posterior import Evidence, Posterior, check_temperature
 from kl_rl.rollout import score
 from kl_rl.trajectories import Trajectories, check_trajectories
 
@@ -35,6 +35,7 @@ class Scored(NamedTuple):
       log_base: under p0; [P, K, T].
       log_behaviour: under whatever produced the sample, as recorded; [P, K, T].
       mask: real and controlled tokens; [P, K, T].
+      live: real tokens, those of the environment included; [P, K, T].
       reward: [P, K].
       log_evidence: log l(reward); [P, K].
       log_twist: log expected future evidence, boundary value in place, or None; [P, K, T + 1].
@@ -44,6 +45,7 @@ class Scored(NamedTuple):
     log_base: jax.Array
     log_behaviour: jax.Array
     mask: jax.Array
+    live: jax.Array
     reward: jax.Array
     log_evidence: jax.Array
     log_twist: jax.Array | None
@@ -132,24 +134,28 @@ def base_policy(state: State, posterior: Posterior) -> Policy:
     return posterior.base
 
 
-def _identity(batch: Trajectories) -> Trajectories:
-    return batch
+def _identity(batch: Trajectories) -> tuple[Trajectories, jax.Array]:
+    return batch, batch.prompt
 
 
-def _scored(policy: Policy, twist: Policy | None, posterior: Posterior, batch: Trajectories) -> Scored:
+def _scored(
+    policy: Policy, twist: Policy | None, posterior: Posterior, batch: Trajectories, base_prompt: jax.Array
+) -> Scored:
     log_evidence = posterior.evidence.log_evidence(batch.reward)
     log_twist = None
     if twist is not None:
         prompt = jnp.broadcast_to(batch.prompt[:, None], (*batch.tokens.shape[:2], batch.prompt.shape[-1]))
-        log_twist = advantages.terminal_twist(twist.logits(prompt, batch.tokens), log_evidence, batch.mask)
+        tokens = jnp.where(batch.mask > 0, batch.tokens, 0)
+        log_twist = advantages.terminal_twist(twist.logits(prompt, tokens), log_evidence, batch.mask)
     log_behaviour = numerics.multiply_no_nan(
         batch.log_behaviour, batch.action_mask.astype(batch.log_behaviour.dtype)
     )
     return Scored(
         log_q=score(policy, batch),
-        log_base=jax.lax.stop_gradient(score(posterior.base, batch)),
+        log_base=jax.lax.stop_gradient(score(posterior.base, batch._replace(prompt=base_prompt))),
         log_behaviour=log_behaviour,
         mask=batch.action_mask,
+        live=batch.mask,
         reward=batch.reward,
         log_evidence=log_evidence,
         log_twist=log_twist,
@@ -162,7 +168,7 @@ def gradient_algorithm(
     optimizer: optax.GradientTransformation,
     behaviour: Callable[[State, Posterior], Policy] = own_policy,
     deploy: Callable[[State, Posterior], Policy] = own_policy,
-    prepare: Callable[[Trajectories], Trajectories] = _identity,
+    prepare: Callable[[Trajectories], tuple[Trajectories, jax.Array]] = _identity,
     twist: Policy | None = None,
     twist_optimizer: optax.GradientTransformation | None = None,
     extra: Extra | None = None,
@@ -178,7 +184,7 @@ def gradient_algorithm(
       optimizer: for the policy's parameters.
       behaviour: who draws the samples.
       deploy: the learned policy.
-      prepare: applied to each batch first (relabelling, pairing).
+      prepare: applied to each batch first (relabelling, pairing); returns it with the prompts that p0 is to see.
       twist: initial twist head, if the loss reads ``log_twist``.
       twist_optimizer: for the twist's parameters; ``optimizer`` if None.
       extra: further state.
@@ -201,14 +207,17 @@ def gradient_algorithm(
         extras = None if extra is None else extra.init(policy)
         return State(policy, twist, optimizers, extras, jnp.zeros((), jnp.int32))
 
-    def descend(state: State, posterior: Posterior, batch: Trajectories) -> tuple[State, Info]:
+    def descend(
+        state: State, posterior: Posterior, batch: Trajectories, base_prompt: jax.Array
+    ) -> tuple[State, Info]:
         params = {"policy": state.policy.params}
         if state.twist is not None:
             params["twist"] = state.twist.params
 
         def objective(params):
             head = None if state.twist is None else state.twist.with_params(params["twist"])
-            scored = _scored(state.policy.with_params(params["policy"]), head, posterior, batch)
+            policy = state.policy.with_params(params["policy"])
+            scored = _scored(policy, head, posterior, batch, base_prompt)
             losses, weight = loss(scored, posterior.evidence, state.extra)
             return jnp.mean(losses), (scored, weight)
 
@@ -237,14 +246,16 @@ def gradient_algorithm(
                 "reverse KL and squared residuals are "
                 "infinite there; use a filtered-imitation method, or soft evidence (Tilt)"
             )
-        batch = prepare(batch)
+        check_temperature(posterior.evidence)
         check_trajectories(batch, min_samples=min_samples)
+        batch, base_prompt = prepare(batch)
         if extra is not None:
-            scored = _scored(state.policy, state.twist, posterior, batch)
+            scored = _scored(state.policy, state.twist, posterior, batch, base_prompt)
             state = state._replace(extra=extra.update(state.extra, state, scored, batch))
         if epochs == 1:
-            return descend(state, posterior, batch)
-        state, infos = jax.lax.scan(lambda s, _: descend(s, posterior, batch), state, None, length=epochs)
+            return descend(state, posterior, batch, base_prompt)
+        again = lambda s, _: descend(s, posterior, batch, base_prompt)
+        state, infos = jax.lax.scan(again, state, None, length=epochs)
         return state, jax.tree.map(lambda x: x[0], infos)
 
     return Algorithm(init, behaviour, step, deploy)

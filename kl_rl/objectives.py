@@ -124,11 +124,10 @@ def _balance(log_ratio: jax.Array, log_twist: jax.Array) -> jax.Array:
 def subtrajectory_balance(
     log_ratio: jax.Array, log_twist: jax.Array, mask: jax.Array, *, decay: jax.Array | float
 ) -> jax.Array:
-    """``sum_{i<j} decay^{j-i} (1/2) Delta_ij^2 / sum_{i<j} decay^{j-i}``, sub-paths inside the string (Madan et al.
+    """``sum_{i<j} decay^{j-i} (1/2) Delta_ij^2 / sum_{i<j} decay^{j-i}``, sub-paths inside the string.
 
-    2023, arXiv 2209.12782).
-
-    ``Delta_ij = log_twist_i + sum_{i<=t<j} (log q - log p0)_t - log_twist_j``; decay 0 leaves the single
+    Sub-trajectory balance (Madan et al. 2023, arXiv 2209.12782).
+    ``Delta_ij = log_twist_i + sum_{i<=t<j} (log q - log p0)_t - log_twist_j``; a small decay leaves the single
     steps (its limit), large decay the whole trajectory.
 
     Args:
@@ -214,9 +213,9 @@ def direct_preference(log_ratio: jax.Array, chosen: jax.Array, *, beta: jax.Arra
 
 
 def identity_preference(log_ratio: jax.Array, chosen: jax.Array, *, beta: jax.Array | float) -> jax.Array:
-    """IPO (Azar et al.
+    """IPO: ``(l_chosen - l_rejected - 1/(2 beta))^2``, sums over tokens, not means.
 
-    2023, arXiv 2310.12036): ``(l_chosen - l_rejected - 1/(2 beta))^2``, sums over tokens, not means.
+    Azar et al. 2023, arXiv 2310.12036.
 
     Population optimum with full coverage: q proportional to ``p0 exp(P(y beats a random sample) / beta)``.
 

@@ -7,10 +7,11 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kl_rl.policy import Policy
 
-__all__ = ["Evidence", "Interval", "Posterior", "Threshold", "Tilt"]
+__all__ = ["Evidence", "Interval", "Posterior", "Threshold", "Tilt", "check_temperature"]
 
 
 class Evidence(Protocol):
@@ -76,6 +77,19 @@ class Interval(NamedTuple):
     def log_evidence(self, reward: jax.Array) -> jax.Array:
         """0 inside the interval, -inf outside."""
         return jnp.where((reward >= self.low) & (reward <= self.high), 0.0, -jnp.inf)
+
+
+def check_temperature(evidence: Evidence) -> None:
+    """Refuse a temperature that is not positive, where its value is known (not while it is traced).
+
+    Raises:
+      ValueError: naming the value.
+    """
+    beta = getattr(evidence, "beta", None)
+    if beta is None or isinstance(beta, jax.core.Tracer):
+        return
+    if not np.all(np.asarray(beta) > 0):
+        raise ValueError(f"beta must be positive (reward units per nat); got {beta}")
 
 
 @jax.tree_util.register_dataclass

@@ -131,6 +131,7 @@ def score(policy: Policy, batch: Trajectories) -> jax.Array:
     """
     num_prompts, num_samples, horizon = batch.tokens.shape
     prompt = jnp.broadcast_to(batch.prompt[:, None], (num_prompts, num_samples, batch.prompt.shape[-1]))
-    flat = token_log_probs(policy, prompt.reshape(-1, prompt.shape[-1]), batch.tokens.reshape(-1, horizon))
+    tokens = jnp.where(batch.mask > 0, batch.tokens, 0)  # whatever pads them need not be an id
+    flat = token_log_probs(policy, prompt.reshape(-1, prompt.shape[-1]), tokens.reshape(-1, horizon))
     log_probs = flat.reshape(batch.tokens.shape)
     return numerics.multiply_no_nan(log_probs, batch.action_mask.astype(log_probs.dtype))

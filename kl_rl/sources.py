@@ -59,7 +59,7 @@ def logged(source: Source, *, size: int) -> Source:
     """A fixed data set of ``size`` samples per prompt, drawn once from p0; each batch is K of them, with replacement.
 
     Args:
-      source: a fresh source, which sets P, K and T; ``size`` must be a multiple of K.
+      source: a fresh source, which sets P, K and T.
       size: M, samples per prompt in the data set.
 
     Returns:
@@ -107,6 +107,8 @@ def replay(source: Source, *, capacity: int, share: float = 0.5) -> Source:
     def draw(memory, key, behaviour):
         fresh_key, old_key, mix_key = jax.random.split(key, 3)
         new, _ = source.draw((), fresh_key, behaviour)
+        if capacity < new.reward.shape[1]:
+            raise ValueError(f"replay needs a capacity of at least K = {new.reward.shape[1]}; got {capacity}")
         old, _ = filled.draw(memory.data, old_key, behaviour)
         take_old = jax.random.uniform(mix_key, new.reward.shape) < share
         spread = lambda flag, x: flag.reshape(flag.shape + (1,) * (x.ndim - 2))
@@ -134,6 +136,8 @@ def comparisons(source: Source) -> Source:
     def draw(memory, key, behaviour):
         sample_key, rater_key = jax.random.split(key)
         batch, memory = source.draw(memory, sample_key, behaviour)
+        if batch.reward.shape[1] % 2:
+            raise ValueError(f"comparisons need an even number of samples; got K = {batch.reward.shape[1]}")
         first, second = batch.reward[:, 0::2], batch.reward[:, 1::2]
         wins = jax.random.uniform(rater_key, first.shape) < jax.nn.sigmoid(first - second)
         chosen = jnp.stack([wins, ~wins], axis=-1).reshape(batch.reward.shape)

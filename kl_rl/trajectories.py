@@ -84,12 +84,11 @@ def take(batch: Trajectories, index: jax.Array) -> Trajectories:
     return Trajectories(*(leaf[index] for leaf in batch))
 
 
-def pairs(batch: Trajectories) -> Trajectories:
-    """Regroup K samples of a prompt into K // 2 pairs: [P, K, ...] becomes [P * K // 2, 2, ...]."""
+def pairs(batch: Trajectories) -> tuple[Trajectories, jax.Array]:
+    """Regroup K samples of a prompt into K // 2 pairs: [P, K, ...] becomes [P * K // 2, 2, ...]; and their prompts."""
     num_prompts, num_samples, _ = batch.tokens.shape
     if num_samples % 2:
         raise ValueError(f"pairs need an even number of samples per prompt; got K = {num_samples}")
     split = lambda x: x.reshape(num_prompts * num_samples // 2, 2, *x.shape[2:])
-    return Trajectories(
-        jnp.repeat(batch.prompt, num_samples // 2, axis=0), *(split(leaf) for leaf in batch[1:])
-    )
+    prompt = jnp.repeat(batch.prompt, num_samples // 2, axis=0)
+    return Trajectories(prompt, *(split(leaf) for leaf in batch[1:])), prompt

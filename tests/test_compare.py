@@ -82,6 +82,8 @@ def test_a_run_leaves_rows_figures_and_a_self_contained_report(finished):
     assert page.count("data:image/png;base64") == 4 and "http" not in page
     for name in ("budget", "frontier", "training", "forward"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    strict = {"parse_constant": lambda name: pytest.fail(f"{name} is not JSON")}
+    json.loads((out / "summary.json").read_text(), **strict)
     assert summary["answer"] and json.loads((out / "summary.json").read_text())["answer"] == summary["answer"]
 
 

@@ -260,6 +260,7 @@ def test_bad_temperatures_are_refused_by_the_parser(capsys, beta):
         ),
         ({"horizon": 10**6}, ["--beta", 1, "--method", "enumerate"], "use --method dp"),
         ({"horizon": 0}, ["--beta", 1], "w.json: horizon: must be at least 1"),
+        ({"horizon": 10**400}, ["--beta", 1], "w.json: horizon: must be at most 1000000, got 1000"),
         ({}, ["--beta", "1e-320"], "overflows at beta"),
     ],
 )

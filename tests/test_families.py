@@ -270,7 +270,7 @@ def test_hard_evidence_is_refused_where_reverse_kl_is_infinite(name, tiny):
 def test_one_sample_is_refused_where_two_are_needed(name, tiny):
     algorithm = METHODS[name][0](tiny, SGD)
     batch = rollout(tiny.base, jax.random.key(0), tiny.prompt, tiny.reward_fn, num_samples=1, horizon=3)
-    with pytest.raises(ValueError, match="K >= 2"):
+    with pytest.raises(ValueError, match="needs K >= "):
         algorithm.step(algorithm.init(tiny.base), Posterior(tiny.base, Tilt(1.0)), batch)
 
 
@@ -292,3 +292,80 @@ def test_uncontrolled_tokens_carry_no_gradient(tiny):
     changed = np.flatnonzero(np.any(np.asarray(new.policy.params != state.policy.params), axis=1))
     first_row = state.policy.apply.context.start(tiny.prompt[0])
     assert changed.tolist() == [int(first_row)]
+
+
+def test_best_of_more_than_there_are_samples_is_refused(tiny):
+    batch = rollout(tiny.base, jax.random.key(0), tiny.prompt, tiny.reward_fn, num_samples=4, horizon=3)
+    for method in (families.best_of_n, families.expert_iteration):
+        algorithm = method(8, optimizer=SGD)
+        with pytest.raises(ValueError, match="K >= 8"):
+            algorithm.step(algorithm.init(tiny.base), Posterior(tiny.base, Tilt(1.0)), batch)
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_is_refused(beta, tiny):
+    algorithm = families.reinforce(optimizer=SGD)
+    batch = rollout(tiny.base, jax.random.key(0), tiny.prompt, tiny.reward_fn, num_samples=4, horizon=3)
+    with pytest.raises(ValueError, match="beta must be positive"):
+        algorithm.step(algorithm.init(tiny.base), Posterior(tiny.base, Tilt(beta)), batch)
+
+
+def test_what_pads_the_tokens_does_not_matter(tiny):
+    """-100 behind the mask, as other libraries pad, gives the same update as any id."""
+    algorithm = families.ppo(optimizer=SGD, **heads(tiny, "table"))
+    batch = rollout(
+        tiny.base, jax.random.key(0), tiny.prompt, tiny.reward_fn, num_samples=8, horizon=3, end=2
+    )
+    padded = batch._replace(tokens=jnp.where(batch.mask > 0, batch.tokens, -100))
+    assert (padded.tokens == -100).any()
+    state = algorithm.init(tiny.base)
+    steps = [algorithm.step(state, Posterior(tiny.base, Tilt(1.0)), b)[0] for b in (batch, padded)]
+    np.testing.assert_array_equal(steps[0].policy.params, steps[1].policy.params)
+    np.testing.assert_array_equal(steps[0].twist.params, steps[1].twist.params)
+
+
+def test_advantages_count_what_the_environment_changes():
+    """decay 1 is Monte Carlo: with an uncontrolled token in the middle the value's change there still counts."""
+    value = jnp.array([0.0, 1.0, 3.0, 5.0])
+    found = kl_rl.advantages.generalized_advantage(jnp.zeros(3), value, jnp.ones(3), decay=1.0)
+    np.testing.assert_allclose(found, [5.0, 4.0, 2.0])
+    early = kl_rl.advantages.generalized_advantage(jnp.zeros(3), value, jnp.array([1.0, 1.0, 0.0]), decay=1.0)
+    np.testing.assert_allclose(early, [3.0, 2.0, 0.0])
+
+
+def test_the_base_sees_the_prompt_without_return_tokens(tiny):
+    """Relabelling is for the student: Info.log_ratio is that of the original prompt."""
+    algorithm = return_conditioned(tiny, SGD)
+    batch = rollout(tiny.base, jax.random.key(0), tiny.prompt, tiny.reward_fn, num_samples=8, horizon=3)
+    student = tiny.base.with_params(jnp.zeros_like(tiny.base.params))
+    _, info = algorithm.step(algorithm.init(student), Posterior(tiny.base, Tilt(1.0)), batch)
+    expected = -3 * np.log(3) - batch.log_behaviour.sum(-1).mean()
+    np.testing.assert_allclose(info.log_ratio, expected, rtol=1e-9)
+
+
+def test_a_conditional_policy_deployed_before_any_data_is_a_policy(tiny):
+    algorithm = return_conditioned(tiny, SGD)
+    deployed = algorithm.deploy(algorithm.init(tiny.base), Posterior(tiny.base, Tilt(1.0)))
+    np.testing.assert_allclose(jnp.exp(tiny.law(deployed)).sum(), 1.0)
+
+
+def test_sources_refuse_sizes_they_cannot_serve(tiny):
+    posterior = Posterior(tiny.base, Tilt(1.0))
+    source = sources.replay(source_for("reinforce", tiny, 4), capacity=2)
+    memory = source.init(jax.random.key(0), posterior)
+    with pytest.raises(ValueError, match="capacity"):
+        source.draw(memory, jax.random.key(0), tiny.base)
+    odd = sources.comparisons(source_for("reinforce", tiny, 3))
+    with pytest.raises(ValueError, match="even number"):
+        odd.draw((), jax.random.key(0), tiny.base)
+
+
+def test_replay_keeps_the_fields_of_a_sample_together(tiny):
+    """Every sample that comes out of the buffer has the reward and the log-probabilities of its own tokens."""
+    posterior = Posterior(tiny.base, Tilt(1.0))
+    source = sources.replay(source_for("reinforce", tiny, 4), capacity=9, share=0.7)
+    memory = source.init(jax.random.key(0), posterior)
+    for i in range(6):
+        batch, memory = source.draw(memory, jax.random.key(i), tiny.base)
+        np.testing.assert_allclose(batch.reward, tiny.reward_fn(None, batch.tokens, batch.mask))
+        np.testing.assert_allclose(batch.log_behaviour, kl_rl.score(tiny.base, batch), rtol=1e-9)

@@ -161,7 +161,10 @@ def test_plot_is_a_png(files, tmp_path, capsys):
         (["{one}"], "at least two tuned samples"),
         (["{tuned}", "--base-samples", "{named}"], "prompts are given for one of the two"),
         (["-", "--base-samples", "-"], "only one of the two"),
-        (["{tuned}", "--plot", "{tmp}/no/such/folder.png"], "No such file or directory"),
+        (
+            ["{tuned}", "--plot", "{tmp}/no/such/a.png"],
+            "a.png: cannot be written (No such file or directory)",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_two(files, tmp_path, capsys, arguments, message):

@@ -22,14 +22,15 @@ conditional inference. Writes results.jsonl, curves.jsonl, summary.json, report.
 """
 EXAMPLES = """\
 examples:
-  kl-rl compare                                        default world (4 096 strings), all methods, 4 seeds, a
-  few minutes kl-rl compare --methods rlhf imitation --seeds 8     two families, more seeds kl-rl compare
-  --world W.json --out runs/w            your own world (`kl-rl exact --schema` prints the format) kl-rl
-  compare --full --out runs/full                 65 536 strings, 8 seeds, longer training kl-rl compare --text
-  FILE --reward LEXICON           a transformer trained on a text, a word-list reward kl-rl compare --out
-  runs/full --full --resume        go on after an interruption
-Without --out a new folder runs/compare-<time> is made. Ctrl-C keeps what is finished and still writes the
-report.
+  kl-rl compare                                     default world (4 096 strings), all methods, 4 seeds
+  kl-rl compare --methods rlhf imitation --seeds 8  two families, more seeds
+  kl-rl compare --world W.json --out runs/w         your own world (`kl-rl exact --schema`: the format)
+  kl-rl compare --full --out runs/full              65 536 strings, 8 seeds, longer training
+  kl-rl compare --text FILE --reward LEXICON        a transformer trained on a text, a word-list reward
+  kl-rl compare --out runs/w --world W.json --resume    go on after an interruption
+
+Without --out a new folder runs/compare-<time> is made.
+Ctrl-C keeps what is finished and still writes the report.
 """
 
 
@@ -222,8 +223,10 @@ def run(args: argparse.Namespace) -> int:
     with live_progress() as progress:
         data = (_run_world if args.text is None else _run_text)(args, folder, progress)
     if args.json:
+        from kl_rl.compare.rows import clean
+
         kept = {k: v for k, v in data.items() if k not in ("rows", "curves")}
-        print(json.dumps(kept))
+        print(json.dumps(clean(kept), allow_nan=False))
     else:
         _print_table(data)
         print(f"\n{folder / 'report.html'}  ({time.monotonic() - started:.0f} s)")

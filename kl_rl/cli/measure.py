@@ -312,5 +312,9 @@ def _plot(tuned: Samples, base: Samples | None, bins: int | str, path: str) -> N
         title=f"R$^2$ of the best function of the reward: {explained:.3f}",
     )
     axes.legend(frameon=False)
-    figure.savefig(path, format="png", dpi=150)
-    plt.close(figure)
+    try:
+        figure.savefig(path, format="png", dpi=150)
+    except OSError as error:
+        raise ValueError(f"--plot {path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        plt.close(figure)

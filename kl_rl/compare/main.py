@@ -15,6 +15,7 @@ import numpy as np
 from kl_rl.compare.figures import draw
 from kl_rl.compare.matched import matched, summary
 from kl_rl.compare.report import html_report
+from kl_rl.compare.rows import clean
 from kl_rl.compare.session import Session, write_atomically
 
 __all__ = ["collect", "finish", "frame", "frontier_price", "seed_means"]
@@ -154,6 +155,8 @@ def finish(session: Session, world: Row, collect_fn: Callable[..., Row] = collec
     for name, (png, _) in figures.items():
         write_atomically(session.folder / f"{name}.png", png)
     kept = {k: v for k, v in data.items() if k not in ("rows", "curves")}
-    write_atomically(session.folder / "summary.json", json.dumps(kept, indent=1) + "\n")
+    write_atomically(
+        session.folder / "summary.json", json.dumps(clean(kept), indent=1, allow_nan=False) + "\n"
+    )
     write_atomically(session.folder / "report.html", html_report(data, figures))
     return data

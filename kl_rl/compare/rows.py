@@ -101,14 +101,12 @@ def sampled_interval(
     }
 
 
-def clean(row: dict[str, Any]) -> dict[str, Any]:
-    """Plain JSON values: numpy scalars become Python's, non-finite numbers null (infinite or undefined)."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, np.generic):
-            value = value.item()
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        return value
-
-    return {key: plain(value) for key, value in row.items()}
+def clean(value: Any) -> Any:
+    """Plain JSON values, at any depth; non-finite numbers become null (infinite or undefined)."""
+    if isinstance(value, dict):
+        return {key: clean(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(inner) for inner in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,9 +16,9 @@ __all__ = ["alpha_divergence"]
 def alpha_divergence(
     alpha: jax.Array | float, *, optimizer: optax.GradientTransformation, memory: float = 0.95
 ) -> Algorithm:
-    """On-policy descent of ``D_alpha(p* || q)`` with a running log Z (alpha-DPG, arXiv 2512.05962; Go et al.
+    """On-policy descent of ``D_alpha(p* || q)`` with a running log Z.
 
-    2023, arXiv 2302.08215).
+    alpha-DPG (arXiv 2512.05962); f-DPG (Go et al. 2023, arXiv 2302.08215).
 
     log Z is tracked by an exponential average of the batch means of ``p0 l / q`` (unbiased for Z). Fixed
     point: p*_beta for every alpha in a class that holds it; in a smaller class alpha chooses between covering

@@ -61,14 +61,14 @@ def top_quantile(fraction: jax.Array | float) -> ReturnPrior:
     return prior
 
 
-def _relabel(batch: Trajectories, edges: jax.Array, first_token: int) -> Trajectories:
-    """Each sample becomes its own prompt, whose first token says which return it got; [P, K] -> [P * K, 1]."""
+def _relabel(batch: Trajectories, edges: jax.Array, first_token: int) -> tuple[Trajectories, jax.Array]:
+    """Each sample becomes its own prompt, whose first token says which return it got; and the prompts as they were."""
     num_prompts, num_samples, _ = batch.tokens.shape
     label = first_token + jnp.searchsorted(edges, batch.reward, side="right")
-    prompt = jnp.broadcast_to(batch.prompt[:, None], (num_prompts, num_samples, batch.prompt.shape[-1]))
-    prompt = prompt.at[..., 0].set(label.astype(prompt.dtype))
+    plain = jnp.repeat(batch.prompt, num_samples, axis=0)
+    prompt = plain.at[:, 0].set(label.reshape(-1).astype(plain.dtype))
     flat = lambda x: x.reshape(num_prompts * num_samples, 1, *x.shape[2:])
-    return Trajectories(prompt.reshape(num_prompts * num_samples, -1), *(flat(leaf) for leaf in batch[1:]))
+    return Trajectories(prompt, *(flat(leaf) for leaf in batch[1:])), plain
 
 
 def decision_transformer(
@@ -83,6 +83,9 @@ def decision_transformer(
     Hindsight relabelling: every sample of p0 is evidence for its own return. Fixed point of the conditional
       model: p0(y | R). The deployed policy is
     the mixture over return tokens under the return prior, one policy with an exact log-probability.
+
+    Return frequencies are pooled over prompts. With one prompt the tilted prior gives p*_beta; with several, p* would
+    need ``p0(R | x)`` for each: the deployed policy then still has C = 0, but its temperature differs between prompts.
 
     Args:
       optimizer: for the policy.
@@ -115,7 +118,9 @@ def decision_transformer(
         return ReturnCounts(jnp.zeros(size, dtype), jnp.full(size, -jnp.inf, dtype))
 
     def deploy(state: State, posterior: Posterior) -> Policy:
-        return mixture(state.policy, tokens, return_prior(state.extra, posterior.evidence))
+        log_prior = return_prior(state.extra, posterior.evidence)
+        uniform = jnp.full_like(log_prior, -jnp.log(size))  # before any data
+        return mixture(state.policy, tokens, jnp.where(jnp.any(log_prior > -jnp.inf), log_prior, uniform))
 
     return gradient_algorithm(
         loss,

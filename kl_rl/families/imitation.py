@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -62,6 +63,11 @@ def reward_weighted(*, optimizer: optax.GradientTransformation, per_prompt: bool
     return gradient_algorithm(loss, optimizer=optimizer, behaviour=base_policy)
 
 
+def _draws_needed(n: jax.Array | float) -> int:
+    """Smallest K that holds n draws, where n is known while tracing."""
+    return max(2, math.ceil(n)) if isinstance(n, int | float) else 2
+
+
 def _best_of_n_loss(n):
     def loss(scored, evidence, extra):
         weight = weights.best_of_n(scored.reward, n) * scored.reward.shape[-1]
@@ -83,7 +89,9 @@ def best_of_n(n: jax.Array | float, *, optimizer: optax.GradientTransformation) 
     Returns:
       Algorithm; K must be at least n.
     """
-    return gradient_algorithm(_best_of_n_loss(n), optimizer=optimizer, behaviour=base_policy, min_samples=2)
+    return gradient_algorithm(
+        _best_of_n_loss(n), optimizer=optimizer, behaviour=base_policy, min_samples=_draws_needed(n)
+    )
 
 
 class Frozen(NamedTuple):
@@ -98,9 +106,9 @@ def expert_iteration(
 ) -> Algorithm:
     """Iterated best-of-n distillation (expert iteration; Anthony et al. 2017, arXiv 1705.08439).
 
-    Samples come from a frozen copy of the policy, renewed every ``refresh`` steps. Target of round j:
-    best-of-n of round j - 1's policy, hence p0 times a function of r (C = 0) as long as every round is fitted
-    exactly; errors of the rounds add up and nothing pulls back to p0.
+    Samples come from a frozen copy of the policy; a new copy is taken every ``refresh`` steps and used from the next
+    batch on. Target of round j: best-of-n of round j - 1's policy, hence p0 times a function of r (C = 0) if the
+    student starts at p0 and every round is fitted exactly. Errors of the rounds add up and nothing pulls back to p0.
 
     Args:
       n: draws per prompt; may be traced.
@@ -121,7 +129,11 @@ def expert_iteration(
     def frozen_policy(state: State, posterior: Posterior) -> Policy:
         return state.extra.policy
 
-    extra = Extra(lambda policy: Frozen(policy, jnp.zeros((), jnp.int32)), renew)
+    extra = Extra(lambda policy: Frozen(jax.tree.map(jnp.copy, policy), jnp.zeros((), jnp.int32)), renew)
     return gradient_algorithm(
-        _best_of_n_loss(n), optimizer=optimizer, behaviour=frozen_policy, extra=extra, min_samples=2
+        _best_of_n_loss(n),
+        optimizer=optimizer,
+        behaviour=frozen_policy,
+        extra=extra,
+        min_samples=_draws_needed(n),
     )

@@ -42,10 +42,9 @@ def trajectory_balance(
     twist: Policy,
     twist_optimizer: optax.GradientTransformation | None = None,
 ) -> Algorithm:
-    """Trajectory balance with learned log Z (Malkin et al.
+    """Trajectory balance with learned log Z, relative to p0 (= Trust-PCL on full paths).
 
-    2022, arXiv 2201.13259), relative to p0 (= Trust-PCL on full paths).
-
+    Malkin et al. 2022, arXiv 2201.13259.
     The learned log Z is the twist of the empty prefix: one number (``models.constant_twist``) or a function
       of the prompt. Fixed point: p*_beta.
 
@@ -74,9 +73,9 @@ def subtrajectory_balance(
     decay: jax.Array | float = 1.0,
     twist_optimizer: optax.GradientTransformation | None = None,
 ) -> Algorithm:
-    """Sub-trajectory balance (lambda) (Madan et al.
+    """Sub-trajectory balance (lambda) (Madan et al. 2023, arXiv 2209.12782).
 
-    2023, arXiv 2209.12782): all sub-paths, weighted ``decay**length``. Fixed point: p*_beta.
+    All sub-paths, weighted ``decay**length``. Fixed point: p*_beta.
 
     Args:
       optimizer: for the policy.

@@ -72,7 +72,7 @@ def ppo(
     def loss(scored, evidence, extra):
         value = stop(scored.log_twist)
         token_reward = scored.log_base - scored.log_behaviour
-        advantage = advantages.generalized_advantage(token_reward, value, scored.mask, decay=decay)
+        advantage = advantages.generalized_advantage(token_reward, value, scored.live, decay=decay)
         target = advantage + value[..., :-1]
         error = numerics.masked_sum((scored.log_twist[..., :-1] - target) ** 2, scored.mask)
         surrogate = objectives.clipped_surrogate(
@@ -85,10 +85,9 @@ def ppo(
 
 
 def grpo(*, optimizer: optax.GradientTransformation, clip: float = 0.2, epochs: int = 1) -> Algorithm:
-    """GRPO: rewards normalized by group mean and standard deviation (Shao et al.
+    """GRPO: rewards normalized by group mean and standard deviation, KL as k2 in the loss.
 
-    2024, arXiv 2402.03300), KL as k2 in the loss.
-
+    Group relative policy optimization (Shao et al. 2024, arXiv 2402.03300).
     The paper's k3 in the loss follows the *forward* KL; k2 has the gradient of KL(q||p0) (T1.6).
     Normalization divides the reward by its spread, so as K grows the fixed point is the tilt at ``beta_x =
     beta * std_q(r | x)`` with beta read as a pure number: C = 0, but a different temperature for each prompt.

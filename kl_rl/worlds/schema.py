@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-__all__ = ["BASE_KINDS", "REWARD_KINDS", "kinds", "schema"]
+__all__ = ["BASE_KINDS", "MAX_HORIZON", "REWARD_KINDS", "kinds", "schema"]
+
+MAX_HORIZON = 10**6  # V**T is written out as an integer, and a step of the recursions is kept for every token
 
 _PROBABILITIES = {"type": "array", "minItems": 1, "items": {"type": "number", "minimum": 0}}
 _MATRIX = {"type": "array", "minItems": 1, "items": _PROBABILITIES}
@@ -128,6 +130,7 @@ _WORLD: dict[str, Any] = {
         "horizon": {
             "type": "integer",
             "minimum": 1,
+            "maximum": MAX_HORIZON,
             "description": "tokens T of a completion, at most",
         },
         "end": {"type": ["integer", "null"], "minimum": 0, "description": "end token; null or absent: none"},

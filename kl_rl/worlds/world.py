@@ -18,7 +18,7 @@ from kl_rl.hidden_markov import HiddenMarkov, hidden_markov_policy
 from kl_rl.policy import Policy
 from kl_rl.worlds.processes import Probabilities, impossible_token, parse_base, to_hidden_markov
 from kl_rl.worlds.rewards import Table, parse_reward, to_automaton
-from kl_rl.worlds.schema import schema
+from kl_rl.worlds.schema import MAX_HORIZON, schema
 from kl_rl.worlds.validation import BadWorld, Field, check_keys, integer, items, token_list
 
 __all__ = ["BadWorld", "World", "load_world", "parse_world"]
@@ -81,6 +81,8 @@ def parse_world(spec: object, where: str = "world") -> World:
     process = parse_base(fields["base"], root / "base")
     vocab = process.emission.shape[1]
     horizon = integer(fields["horizon"], root / "horizon", low=1)
+    if horizon > MAX_HORIZON:
+        (root / "horizon").fail(f"must be at most {MAX_HORIZON}, got {horizon!r:.30}; shorten the horizon")
     end = None
     if fields.get("end") is not None:
         end = integer(
