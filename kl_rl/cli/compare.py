@@ -202,7 +202,7 @@ def _print_table(data: dict[str, Any]) -> None:
         console.print(table)
         missing = [r["method"] for r in rows if not r["seeds"]]
         if missing:
-            console.print(f"did not reach this reward: {', '.join(missing)}")
+            console.print(f"no measured points around this reward: {', '.join(missing)}")
         console.print()
     for line in [data["answer"], *data["checks"]]:
         console.print(line, highlight=False)

@@ -40,16 +40,17 @@ def _along(points: list[Row], axis: str, target: float, origin: float) -> dict[s
     along = np.array([_number(row[axis]) for row in path])
     if not (along[0] <= target <= along[-1]):
         return None
-    right = int(np.searchsorted(along, target))
-    if right > 0 and along[right] - along[right - 1] > WIDEST_GAP * (target - along[0]):
-        return None
     scale = (lambda x: np.sqrt(np.maximum(x, 0.0))) if axis == "kl" else (lambda x: x)
+    x, aim = scale(along), float(scale(target))
+    right = int(np.searchsorted(x, aim))
+    if right > 0 and x[right] - x[right - 1] > WIDEST_GAP * (aim - x[0]):
+        return None
 
     def at(name: str) -> float:
         y = np.array([_number(row.get(name)) for row in path])
         if name in LINEAR:
-            return float(np.interp(scale(target), scale(along), y))
-        return float(np.interp(scale(target), scale(along), np.sqrt(np.maximum(y, 0.0))) ** 2)
+            return float(np.interp(aim, x, y))
+        return float(np.interp(aim, x, np.sqrt(np.maximum(y, 0.0))) ** 2)
 
     return {name: at(name) for name in MEASURES}
 

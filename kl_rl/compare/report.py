@@ -167,7 +167,9 @@ def html_report(data: dict[str, Any], figures: dict[str, tuple[bytes, str]]) -> 
         missing = ", ".join(r["method"] for r in rows if not r["seeds"])
         sections.append(f"<h2>At mean reward {target:.2f}</h2>" + _table(reached, MATCHED_COLUMNS, text))
         if missing:
-            sections.append(f"<p class='small'>Did not reach this reward: {html.escape(missing)}.</p>")
+            sections.append(
+                f"<p class='small'>No measured points around this reward: {html.escape(missing)}.</p>"
+            )
     sections.append("<h2>Figures</h2>" + _figures(figures))
     for target in data["kl_targets"]:
         rows = sorted((r for r in data["matched_kl"] if r["target"] == target and r["seeds"]), key=_order)
