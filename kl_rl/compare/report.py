@@ -174,10 +174,10 @@ def html_report(data: dict[str, Any], figures: dict[str, tuple[bytes, str]]) -> 
     for target in data["kl_targets"]:
         rows = sorted((r for r in data["matched_kl"] if r["target"] == target and r["seeds"]), key=_order)
         sections.append(f"<h2>At KL {target:.2f} nats</h2>" + _table(rows, MATCHED_COLUMNS, text))
-    sections.append(
-        "<h2>Calibration and queries, last checkpoint of each knob (seed means)</h2>"
-        + _table(data["means"], [c for c in EXTRA_COLUMNS if any(c[0] in r for r in data["means"])], text)
-    )
+    if data["means"]:
+        columns = [c for c in EXTRA_COLUMNS if any(c[0] in r for r in data["means"])]
+        title = "<h2>Calibration and queries, last checkpoint of each knob (seed means)</h2>"
+        sections.append(title + _table(data["means"], columns, text))
     if data.get("intervals"):
         sections.append("<h2>Every run, with 95 % intervals</h2>" + _interval_table(data["intervals"]))
     if data.get("previews"):

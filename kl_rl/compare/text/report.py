@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kl_rl.compare.main import frame, frontier_price, seed_means
+from kl_rl.compare.main import frame, frontier_price
 from kl_rl.compare.matched import matched, summary
 
 __all__ = ["collect_text"]
@@ -77,7 +77,7 @@ def collect_text(folder: Path, rows: list[Row], curves: list[Row], facts: Row) -
         "matched_reward": table,
         "matched_kl": matched(path, "kl", [0.5, 1.0], facts["base_reward_mean"]),
         "kl_targets": [0.5, 1.0],
-        "means": seed_means(usable),
+        "means": [],
         "intervals": [r for r in usable if r["method"] != "base"],
         "previews": [
             (f"{r['method']} {r['knob_value']:.3g}", r["preview"]) for r in rows if r.get("preview")
