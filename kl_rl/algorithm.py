@@ -21,7 +21,7 @@ import optax
 from kl_rl import advantages, numerics, weights
 from kl_rl.policy import Policy
 from kl_rl.posterior import Evidence, Posterior, check_temperature
-from kl_rl.rollout import score
+from kl_rl.rollout import prefix_values, score
 from kl_rl.trajectories import Trajectories, check_trajectories
 
 __all__ = ["Algorithm", "Extra", "Info", "Scored", "State", "base_policy", "gradient_algorithm", "own_policy"]
@@ -144,9 +144,7 @@ def _scored(
     log_evidence = posterior.evidence.log_evidence(batch.reward)
     log_twist = None
     if twist is not None:
-        prompt = jnp.broadcast_to(batch.prompt[:, None], (*batch.tokens.shape[:2], batch.prompt.shape[-1]))
-        tokens = jnp.where(batch.mask > 0, batch.tokens, 0)
-        log_twist = advantages.terminal_twist(twist.logits(prompt, tokens), log_evidence, batch.mask)
+        log_twist = advantages.terminal_twist(prefix_values(twist, batch), log_evidence, batch.mask)
     log_behaviour = numerics.multiply_no_nan(
         batch.log_behaviour, batch.action_mask.astype(batch.log_behaviour.dtype)
     )

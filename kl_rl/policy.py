@@ -16,23 +16,36 @@ import jax.numpy as jnp
 
 from kl_rl import numerics
 
-__all__ = ["Decoder", "Mixture", "Policy", "from_nnx", "mixture", "sequence_log_prob", "token_log_probs"]
+__all__ = [
+    "Decoder",
+    "Mixture",
+    "Policy",
+    "from_nnx",
+    "log_prob_of",
+    "mixture",
+    "sequence_log_prob",
+    "token_log_probs",
+]
 
 Params = Any
 Apply = Callable[[Params, jax.Array, jax.Array], jax.Array]
 
 
 class Decoder(NamedTuple):
-    """Incremental form of a policy: two static functions that must agree with ``apply``.
+    """Incremental form of a policy: static functions that must agree with ``apply``.
 
     Attributes:
-      init: ``(params, prompt [B, L], horizon) -> (logits [B, V], cache)``, logits of the first completion
+      init: ``(weights, prompt [B, L], horizon) -> (logits [B, V], cache)``, logits of the first completion
         token.
-      step: ``(params, cache, token [B]) -> (logits [B, V], cache)``, logits of the token after ``token``.
+      step: ``(weights, cache, token [B]) -> (logits [B, V], cache)``, logits of the token after ``token``.
+      fork: ``(cache, K) -> cache`` of K samples for each row, or None: prompts are then repeated before ``init``.
+      gather: ``(cache, ancestor [B]) -> cache`` in which row i goes on from row ``ancestor[i]``, of the same prompt.
     """
 
     init: Callable[..., Any]
     step: Callable[..., Any]
+    fork: Callable[..., Any] | None = None
+    gather: Callable[..., Any] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -46,15 +59,26 @@ class Policy:
         depend on the prompt and on ``tokens[..., :t]`` only. Must be hashable and equal by value: a
         module-level function or a frozen dataclass with ``__call__``, not a fresh lambda.
       decoder: static; optional incremental form, used for sampling.
+      scorer: static; optional ``(weights, prompt [P, L], tokens [P, K, T]) -> log-probabilities [P, K, T]`` that
+        never holds all logits and computes each prompt once.
+      shared: arrays that belong to somebody else and are never trained (the base under an adapter); the functions
+        then get ``(shared, params)`` as their weights.
     """
 
     params: Params
     apply: Apply = dataclasses.field(metadata={"static": True})
     decoder: Decoder | None = dataclasses.field(default=None, metadata={"static": True})
+    scorer: Callable[..., jax.Array] | None = dataclasses.field(default=None, metadata={"static": True})
+    shared: Params = None
+
+    @property
+    def weights(self) -> Params:
+        """What the functions get: the parameters, with the shared arrays before them if there are any."""
+        return self.params if self.shared is None else (self.shared, self.params)
 
     def logits(self, prompt: jax.Array, tokens: jax.Array) -> jax.Array:
         """Next-token logits; prompt [..., L], tokens [..., T] -> [..., T, V]."""
-        return self.apply(self.params, prompt, tokens)
+        return self.apply(self.weights, prompt, tokens)
 
     def with_params(self, params: Params) -> Policy:
         """The same function with other parameters."""
@@ -72,7 +96,11 @@ def token_log_probs(policy: Policy, prompt: jax.Array, tokens: jax.Array) -> jax
     Returns:
       [..., T].
     """
-    logits = policy.logits(prompt, tokens)
+    return log_prob_of(policy.logits(prompt, tokens), tokens)
+
+
+def log_prob_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Log-probability of each token under its row of logits, in float32 or better; [..., V], [...] -> [...]."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     log_probs = numerics.safe_log_softmax(logits)
     return jnp.take_along_axis(log_probs, tokens[..., None].astype(jnp.int32), axis=-1)[..., 0]
@@ -185,6 +213,26 @@ class _MixtureStep:
         return jax.nn.logsumexp(weight[..., None] + log_probs, axis=0), (inner_cache, weight, log_probs)
 
 
+@dataclasses.dataclass(frozen=True)
+class _MixtureFork:
+    inner: Decoder
+
+    def __call__(self, cache: Any, num_samples: int) -> Any:
+        inner_cache, weight, log_probs = cache
+        forked = jax.vmap(lambda c: self.inner.fork(c, num_samples))(inner_cache)  # type: ignore[misc]
+        return forked, jnp.repeat(weight, num_samples, axis=1), jnp.repeat(log_probs, num_samples, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MixtureGather:
+    inner: Decoder
+
+    def __call__(self, cache: Any, ancestor: jax.Array) -> Any:
+        inner_cache, weight, log_probs = cache
+        moved = jax.vmap(lambda c: self.inner.gather(c, ancestor))(inner_cache)  # type: ignore[misc]
+        return moved, weight[:, ancestor], log_probs[:, ancestor]
+
+
 def mixture(policy: Policy, first_token: jax.Array, log_prior: jax.Array) -> Policy:
     """One policy out of a conditional one and a prior over its conditions, with an exact log-probability.
 
@@ -202,5 +250,11 @@ def mixture(policy: Policy, first_token: jax.Array, log_prior: jax.Array) -> Pol
     """
     decoder = None
     if policy.decoder is not None:
-        decoder = Decoder(_MixtureInit(policy.decoder), _MixtureStep(policy.decoder))
-    return Policy(Mixture(policy.params, log_prior, first_token), _MixtureApply(policy.apply), decoder)
+        parts = policy.decoder
+        decoder = Decoder(
+            _MixtureInit(parts),
+            _MixtureStep(parts),
+            None if parts.fork is None else _MixtureFork(parts),
+            None if parts.gather is None else _MixtureGather(parts),
+        )
+    return Policy(Mixture(policy.weights, log_prior, first_token), _MixtureApply(policy.apply), decoder)

@@ -8,18 +8,26 @@ import jax
 import jax.numpy as jnp
 
 from kl_rl import numerics
-from kl_rl.policy import Policy, token_log_probs
+from kl_rl.policy import Decoder, Policy, log_prob_of
 from kl_rl.trajectories import Trajectories, completion_mask
 
-__all__ = ["rollout", "sample", "score"]
+__all__ = ["prefix_values", "rollout", "sample", "score"]
 
 RewardFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def _sample_with_decoder(policy: Policy, key: jax.Array, prompt: jax.Array, horizon: int):
+def _begin(policy: Policy, decoder: Decoder, prompt: jax.Array, num_samples: int, horizon: int):
+    """Logits of the first token and a cache for K samples of each prompt, computed once where the cache can fork."""
+    if decoder.fork is None:
+        return decoder.init(policy.weights, jnp.repeat(prompt, num_samples, axis=0), horizon)
+    logits, cache = decoder.init(policy.weights, prompt, horizon)
+    return jnp.repeat(logits, num_samples, axis=0), decoder.fork(cache, num_samples)
+
+
+def _sample_with_decoder(policy: Policy, key: jax.Array, prompt: jax.Array, num_samples: int, horizon: int):
     decoder = policy.decoder
     assert decoder is not None
-    logits, cache = decoder.init(policy.params, prompt, horizon)
+    logits, cache = _begin(policy, decoder, prompt, num_samples, horizon)
 
     def draw(logits, key):
         log_probs = numerics.safe_log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
@@ -29,7 +37,7 @@ def _sample_with_decoder(policy: Policy, key: jax.Array, prompt: jax.Array, hori
     def body(carry, key):
         logits, cache = carry
         token, log_prob = draw(logits, key)
-        return decoder.step(policy.params, cache, token), (token, log_prob)
+        return decoder.step(policy.weights, cache, token), (token, log_prob)
 
     keys = jax.random.split(key, horizon)
     (logits, _), (tokens, log_probs) = jax.lax.scan(body, (logits, cache), keys[:-1])
@@ -38,7 +46,9 @@ def _sample_with_decoder(policy: Policy, key: jax.Array, prompt: jax.Array, hori
     return tokens.T, jnp.concatenate([log_probs, log_prob[None]]).T
 
 
-def _sample_with_apply(policy: Policy, key: jax.Array, prompt: jax.Array, horizon: int):
+def _sample_with_apply(policy: Policy, key: jax.Array, prompt: jax.Array, num_samples: int, horizon: int):
+    prompt = jnp.repeat(prompt, num_samples, axis=0)
+
     def body(t, carry):
         tokens, log_probs = carry
         row = jax.lax.dynamic_index_in_dim(policy.logits(prompt, tokens), t, axis=1, keepdims=False)
@@ -78,9 +88,8 @@ def sample(
       mask).
     """
     num_prompts = prompt.shape[0]
-    flat = jnp.repeat(prompt, num_samples, axis=0)
     draw = _sample_with_apply if policy.decoder is None else _sample_with_decoder
-    tokens, log_probs = draw(policy, key, flat, horizon)
+    tokens, log_probs = draw(policy, key, prompt, num_samples, horizon)
     shape = (num_prompts, num_samples, horizon)
     tokens = tokens.reshape(shape).astype(jnp.int32)
     mask = completion_mask(tokens, end)
@@ -119,6 +128,16 @@ def rollout(
     return Trajectories(prompt, tokens, mask, jnp.ones_like(mask), log_probs, reward)
 
 
+def _grouped(function: Policy, batch: Trajectories) -> jax.Array:
+    """What a policy or twist says of every completion; prompts go in once where the function can share them."""
+    tokens = jnp.where(batch.mask > 0, batch.tokens, 0)  # whatever pads them need not be an id
+    if function.scorer is not None:
+        return function.scorer(function.weights, batch.prompt, tokens)
+    return function.logits(
+        jnp.broadcast_to(batch.prompt[:, None], (*tokens.shape[:2], batch.prompt.shape[-1])), tokens
+    )
+
+
 def score(policy: Policy, batch: Trajectories) -> jax.Array:
     """Teacher-forced token log-probabilities of a batch under a policy, in nats; 0 on masked or uncontrolled tokens.
 
@@ -129,9 +148,21 @@ def score(policy: Policy, batch: Trajectories) -> jax.Array:
     Returns:
       [P, K, T].
     """
-    num_prompts, num_samples, horizon = batch.tokens.shape
-    prompt = jnp.broadcast_to(batch.prompt[:, None], (num_prompts, num_samples, batch.prompt.shape[-1]))
-    tokens = jnp.where(batch.mask > 0, batch.tokens, 0)  # whatever pads them need not be an id
-    flat = token_log_probs(policy, prompt.reshape(-1, prompt.shape[-1]), tokens.reshape(-1, horizon))
-    log_probs = flat.reshape(batch.tokens.shape)
+    log_probs = _grouped(policy, batch)
+    if policy.scorer is None:
+        tokens = jnp.where(batch.mask > 0, batch.tokens, 0)
+        log_probs = log_prob_of(log_probs, tokens)
     return numerics.multiply_no_nan(log_probs, batch.action_mask.astype(log_probs.dtype))
+
+
+def prefix_values(twist: Policy, batch: Trajectories) -> jax.Array:
+    """A twist head on every prefix of every completion, in nats; [P, K, T + 1].
+
+    Args:
+      twist: the head.
+      batch: the trajectories.
+
+    Returns:
+      [P, K, T + 1].
+    """
+    return _grouped(twist, batch)

@@ -1,0 +1,82 @@
+"""A twist head on a language model: log of the expected future evidence, for the empty prefix and after each token.
+
+One object with many names: critic (soft value / beta), state flow, twist, log Z at position 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kl_rl.models.config import DecoderConfig, Execution
+from kl_rl.models.shared import completion_hidden
+from kl_rl.policy import Policy
+
+__all__ = ["decoder_twist"]
+
+
+def _values(config: DecoderConfig, execution: Execution, weights: Any, prompt: jax.Array, tokens: jax.Array):
+    """[P, L], [P, K, T] -> [P, K, T + 1], float32 or better."""
+    trunk, head = weights
+    padded = jnp.concatenate([tokens, tokens[..., -1:]], axis=-1)
+    hidden = completion_hidden(config, execution, trunk, prompt, padded)
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    return hidden.astype(wide) @ head["kernel"].astype(wide) + head["bias"].astype(wide)
+
+
+def _pair(weights: Any) -> tuple[Any, Any]:
+    """Trunk and head, whether the trunk is shared (first) or trained (in one dict with the head)."""
+    return weights if isinstance(weights, tuple) else (weights["trunk"], weights["head"])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apply:
+    """``(weights, prompt [..., L], tokens [..., T]) -> log_twist [..., T + 1]``."""
+
+    config: DecoderConfig
+    execution: Execution
+
+    def __call__(self, weights: Any, prompt: jax.Array, tokens: jax.Array) -> jax.Array:
+        rows = tokens.reshape(-1, 1, tokens.shape[-1])
+        prompts = jnp.broadcast_to(prompt, (*tokens.shape[:-1], prompt.shape[-1])).reshape(
+            -1, prompt.shape[-1]
+        )
+        values = _values(self.config, self.execution, _pair(weights), prompts, rows)
+        return values.reshape(*tokens.shape[:-1], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grouped:
+    """``(weights, prompt [P, L], tokens [P, K, T]) -> log_twist [P, K, T + 1]``, each prompt computed once."""
+
+    config: DecoderConfig
+    execution: Execution
+
+    def __call__(self, weights: Any, prompt: jax.Array, tokens: jax.Array) -> jax.Array:
+        return _values(self.config, self.execution, _pair(weights), prompt, tokens)
+
+
+def decoder_twist(
+    config: DecoderConfig, weights: Any, execution: Execution | None = None, *, train_trunk: bool = False
+) -> Policy:
+    """A twist head that starts at zero, on the hidden states of a decoder.
+
+    Args:
+      config: the architecture of the trunk.
+      weights: of the trunk.
+      execution: how it is run.
+      train_trunk: False: the trunk is somebody else's (the base's) and stays frozen, no second copy in memory; True:
+        trunk and head are trained, as critics usually are.
+
+    Returns:
+      Policy-like object: ``apply(params, prompt [..., L], tokens [..., T]) -> log_twist [..., T + 1]``, in nats.
+    """
+    how = (config, execution or Execution())
+    dtype = weights["final_norm"]["scale"].dtype
+    head = {"kernel": jnp.zeros((config.width,), dtype), "bias": jnp.zeros((), dtype)}
+    if train_trunk:
+        return Policy({"trunk": weights, "head": head}, _Apply(*how), scorer=_Grouped(*how))
+    return Policy(head, _Apply(*how), scorer=_Grouped(*how), shared=weights)

@@ -1,0 +1,144 @@
+"""The parameters of a decoder: one nested dict, layers stacked in front, and a flax.nnx module around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kl_rl.models.config import DecoderConfig, Execution
+from kl_rl.models.decoder import decoder_policy
+from kl_rl.policy import Policy
+
+__all__ = ["Decoder", "count_parameters", "init_weights", "weight_shapes"]
+
+Weights = dict[str, Any]
+
+
+def _norm_shapes(config: DecoderConfig, *shape: int) -> dict[str, tuple[int, ...]]:
+    return {"scale": shape, "bias": shape} if config.norm.centred else {"scale": shape}
+
+
+def _dense_shapes(kernel: tuple[int, ...], bias: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]:
+    return {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
+
+
+def _layer_shapes(config: DecoderConfig) -> dict[str, Any]:
+    n, d, f = config.layers, config.width, config.feed_forward.width
+    part, mlp = config.attention, config.feed_forward
+    h, g, k = part.heads, part.kv_heads, part.head_dim
+    shapes: dict[str, Any] = {
+        "attention_norm": _norm_shapes(config, n, d),
+        "mlp_norm": _norm_shapes(config, n, d),
+    }
+    for name, count in (("query", h), ("key", g), ("value", g)):
+        shapes[name] = _dense_shapes((n, d, count, k), (n, count, k) if part.bias else None)
+    shapes["out"] = _dense_shapes((n, h, k, d), (n, d) if part.out_bias else None)
+    for name in ("up", "gate") if mlp.gated else ("up",):
+        shapes[name] = _dense_shapes((n, d, f), (n, f) if mlp.bias else None)
+    shapes["down"] = _dense_shapes((n, f, d), (n, d) if mlp.bias else None)
+    if part.qk_norm:
+        shapes |= {"query_norm": {"scale": (n, k)}, "key_norm": {"scale": (n, k)}}
+    if config.post_norms:
+        shapes |= {
+            "attention_post_norm": _norm_shapes(config, n, d),
+            "mlp_post_norm": _norm_shapes(config, n, d),
+        }
+    return shapes
+
+
+def weight_shapes(config: DecoderConfig) -> Weights:
+    """Shapes of all parameters, as a nested dict of tuples.
+
+    Args:
+      config: the architecture.
+
+    Returns:
+      The same structure as ``init_weights``.
+    """
+    shapes: Weights = {
+        "embed": {"table": (config.vocab + config.extra, config.width)},
+        "layers": _layer_shapes(config),
+        "final_norm": _norm_shapes(config, config.width),
+    }
+    if config.rotary is None:
+        shapes["position"] = {"table": (config.context, config.width)}
+    if not config.tied:
+        shapes["head"] = {"kernel": (config.width, config.vocab)}
+    return shapes
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, tuple)
+
+
+def count_parameters(config: DecoderConfig) -> int:
+    """Number of parameters."""
+    total = 0
+    for shape in jax.tree.leaves(weight_shapes(config), is_leaf=_is_shape):
+        size = 1
+        for axis in shape:
+            size *= axis
+        total += size
+    return total
+
+
+def init_weights(key: jax.Array, config: DecoderConfig, dtype: Any = jnp.float32) -> Weights:
+    """Random weights: normal(0.02), projections into the residual stream by a further 1/sqrt(2N), norms at one.
+
+    Args:
+      key: PRNG key.
+      config: the architecture.
+      dtype: of the parameters.
+
+    Returns:
+      Nested dict of arrays; layers stacked.
+    """
+    shapes, structure = jax.tree.flatten_with_path(weight_shapes(config), is_leaf=_is_shape)
+    keys = jax.random.split(key, len(shapes))
+    inner = 0.02 / (2.0 * config.layers) ** 0.5
+
+    def one(path, shape, key):
+        module, name = path[-2].key, path[-1].key
+        if name == "scale":
+            return jnp.full(shape, 1.0 - config.norm.offset, dtype)
+        if name == "bias":
+            return jnp.zeros(shape, dtype)
+        return (inner if module in ("out", "down") else 0.02) * jax.random.normal(key, shape, dtype)
+
+    return jax.tree.unflatten(structure, [one(p, s, k) for (p, s), k in zip(shapes, keys, strict=True)])
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer as a flax.nnx module; ``policy()`` is how it enters the library.
+
+    Args:
+      config: the architecture.
+      execution: how it is run.
+      param_dtype: of the parameters (float32 master weights, whatever the compute dtype).
+      rngs: nnx random streams.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        execution: Execution | None = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.execution = execution or Execution()
+        weights = init_weights(rngs.params(), config, param_dtype)
+        self.weights = nnx.data(jax.tree.map(nnx.Param, weights))
+
+    def __call__(self, prompt: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Next-token logits; prompt [..., L], tokens [..., T] -> [..., T, V]."""
+        return self.policy().logits(prompt, tokens)
+
+    def policy(self) -> Policy:
+        """The module's present weights as a Policy with scorer and decoder."""
+        weights = jax.tree.map(lambda p: p[...], self.weights, is_leaf=lambda x: isinstance(x, nnx.Param))
+        return decoder_policy(self.config, weights, self.execution)
