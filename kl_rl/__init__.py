@@ -21,6 +21,8 @@ _HOME = {
     "Threshold": "posterior",
     "Interval": "posterior",
     "sample": "rollout",
+    "generate": "sampler",
+    "Transform": "transform",
     "score": "rollout",
     "Algorithm": "algorithm",
     "Info": "algorithm",
@@ -58,9 +60,10 @@ _HOME = {
     "Samples": "samples",
 }
 _MODULES = (
-    "advantages automaton budget calibration dynamic estimate exact families fit flows hidden_markov "
-    "kl models numerics objectives "
-    "policy posterior pretrain queries rollout samples sbc scores sources trajectories weights worlds"
+    "advantages automaton budget calibration checkpoint data dynamic estimate exact families fit flows "
+    "hidden_markov huggingface kl models numerics objectives plan "
+    "policy posterior pretrain queries rollout sampler samples sbc scores sharding sources streaming "
+    "tokenizer training trajectories transform weights worlds"
 ).split()
 
 __all__ = sorted(_HOME)

@@ -1,17 +1,49 @@
-"""Saving and restoring pytrees (a policy, a run) with orbax: whole or not at all, no pickle."""
+"""Saving and restoring pytrees (a policy, a run) with orbax: whole or not at all, checked when read, no pickle."""
 
 from __future__ import annotations
 
+import errno
+import shutil
+import sys
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "DamagedCheckpoint", "Recovered", "SaveError"]
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_WORDS = ("No space left", "File too large", "quota exceeded", "RESOURCE_EXHAUSTED")
 
 
-def _plain(tree: Any) -> Any:
+class DamagedCheckpoint(ValueError):
+    """A checkpoint cannot be read, or what is read is not what was written."""
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
+class Recovered(NamedTuple):
+    """What was found in a folder.
+
+    Attributes:
+      number: of the checkpoint.
+      tree: as saved, bit for bit.
+      about: the plain facts that were saved with it.
+      damaged: newer checkpoints that could not be used: number and reason.
+    """
+
+    number: int
+    tree: Any
+    about: dict[str, Any]
+    damaged: list[tuple[int, str]]
+
+
+def _plain(tree: Any) -> dict[str, Any]:
     """Typed PRNG keys as their data, which orbax can store."""
 
     def leaf(x: Any) -> Any:
@@ -24,6 +56,22 @@ def _is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+def _digests(plain: dict[str, Any]) -> dict[str, int | None]:
+    """Checksum of every leaf; None for one that is spread over several processes."""
+
+    def one(x: Any) -> int | None:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return None
+        return zlib.crc32(np.ascontiguousarray(np.asarray(x)).tobytes())
+
+    return {name: one(x) for name, x in plain.items()}
+
+
+def _is_full(error: BaseException) -> bool:
+    text = str(error)
+    return getattr(error, "errno", None) in _FULL or any(word in text for word in _FULL_WORDS)
+
+
 class Checkpoints:
     """Numbered checkpoints in a folder; a save that was cut short is ignored when the folder is opened again.
 
@@ -33,22 +81,58 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 2):
+        self._folder, self._keep = Path(folder).absolute(), keep
+        self._open()
+
+    def _open(self) -> None:
         import orbax.checkpoint as ocp
 
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("default", "facts"))
 
     @property
     def latest(self) -> int | None:
         """Number of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, number: int, tree: Any) -> None:
-        """Write a pytree; durable on return."""
+    def save(self, number: int, tree: Any, about: dict[str, Any] | None = None) -> None:
+        """Write a pytree; durable on return.
+
+        Args:
+          number: of the checkpoint, larger than those before.
+          tree: arrays, typed PRNG keys included.
+          about: plain facts (JSON) to keep with it.
+
+        Raises:
+          SaveError: the disk is full or cannot be written; the checkpoints before are intact.
+        """
         import orbax.checkpoint as ocp
 
-        self._manager.save(number, args=ocp.args.StandardSave(_plain(tree)))
-        self._manager.wait_until_finished()
+        plain = _plain(tree)
+        facts = {"about": about or {}, "digests": _digests(plain)}
+        try:
+            self._check_space(sum(x.nbytes for x in plain.values()))
+            items = ocp.args.Composite(default=ocp.args.StandardSave(plain), facts=ocp.args.JsonSave(facts))
+            self._manager.save(number, args=items)
+            self._manager.wait_until_finished()
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            self._clear_remains(number)
+            raise SaveError(self._why(number, error)) from error
+
+    def _check_space(self, size: int) -> None:
+        free = shutil.disk_usage(self._folder).free
+        if free < size:
+            raise OSError(errno.ENOSPC, f"No space left: {size:,} bytes needed, {free:,} free")
+
+    def _why(self, number: int, error: Exception) -> str:
+        reason = "the disk is full" if _is_full(error) else str(error).split("\n")[0][:200]
+        before = "there is no earlier one" if self.latest is None else f"checkpoint {self.latest} is intact"
+        return f"{self._folder}: checkpoint {number} could not be written: {reason}; {before}"
+
+    def _clear_remains(self, number: int) -> None:
+        """Remove what a failed save left behind; a full disk needs the room."""
+        for path in self._folder.glob(f"{number}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def restore(self, like: Any, number: int | None = None) -> Any:
         """Read a pytree of the same structure, bit for bit, onto the shardings of ``like``.
@@ -62,20 +146,78 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: if there is no complete checkpoint.
+          DamagedCheckpoint: it cannot be read, or is not what was written.
         """
-        import orbax.checkpoint as ocp
-
         number = self.latest if number is None else number
         if number is None:
-            raise FileNotFoundError(f"{self._manager.directory}: no complete checkpoint")
+            raise FileNotFoundError(f"{self._folder}: no complete checkpoint")
+        return self._read(like, number)[0]
+
+    def _read(self, like: Any, number: int) -> tuple[Any, dict[str, Any]]:
+        import orbax.checkpoint as ocp
+
+        plain, where = _plain(like), f"{self._folder / str(number)}"
+        items = ocp.args.Composite(default=ocp.args.StandardRestore(plain), facts=ocp.args.JsonRestore())
+        try:
+            saved = self._manager.restore(number, args=items)
+            facts, found = saved["facts"], saved["default"]
+            written, about = facts["digests"], facts["about"]
+        except Exception as error:  # whatever damage makes of it
+            raise DamagedCheckpoint(
+                f"{where}: cannot be read: {str(error).split(chr(10))[0][:200]}"
+            ) from error
+        if written.keys() != plain.keys():
+            raise DamagedCheckpoint(f"{where}: holds {len(written)} arrays, not {len(plain)}")
+        read = _digests(found)
+        wrong = [k for k, value in written.items() if value is not None and read[k] != value]
+        if wrong:
+            raise DamagedCheckpoint(f"{where}: array {wrong[0]} is not what was written (checksum)")
         leaves, structure = jax.tree.flatten(like)
-        saved = self._manager.restore(number, args=ocp.args.StandardRestore(_plain(like)))
-        found = [saved[str(i)] for i in range(len(leaves))]
         wrapped = [
-            jax.random.wrap_key_data(x) if _is_key(old) else x for x, old in zip(found, leaves, strict=True)
+            jax.random.wrap_key_data(found[str(i)]) if _is_key(old) else found[str(i)]
+            for i, old in enumerate(leaves)
         ]
-        return jax.tree.unflatten(structure, wrapped)
+        return jax.tree.unflatten(structure, wrapped), about
+
+    def recover(self, like: Any) -> Recovered | None:
+        """The newest checkpoint that is whole; damaged ones are moved out of the way, to ``<folder>.damaged``.
+
+        Args:
+          like: as in ``restore``.
+
+        Returns:
+          What was found; None if no checkpoint was ever completed.
+
+        Raises:
+          DamagedCheckpoint: there are checkpoints, and all are damaged.
+        """
+        damaged: list[tuple[int, str]] = []
+        for number in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                tree, about = self._read(like, number)
+            except DamagedCheckpoint as error:
+                damaged.append((number, str(error)))
+                continue
+            if damaged:
+                self._set_aside([n for n, _ in damaged])
+            return Recovered(number, tree, about, damaged)
+        if damaged:
+            raise DamagedCheckpoint(f"{damaged[0][1]}; no other checkpoint is whole")
+        return None
+
+    def _set_aside(self, numbers: list[int]) -> None:
+        self._manager.close()
+        aside = self._folder.with_name(self._folder.name + ".damaged")
+        aside.mkdir(exist_ok=True)
+        for number in numbers:
+            target = aside / str(number)
+            shutil.rmtree(target, ignore_errors=True)
+            (self._folder / str(number)).rename(target)
+        self._open()
 
     def close(self) -> None:
         """Release the folder."""
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as error:  # a failed save is raised again here; it has been reported
+            print(f"{self._folder}: {str(error).split(chr(10))[0][:200]}", file=sys.stderr)

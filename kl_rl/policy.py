@@ -40,12 +40,14 @@ class Decoder(NamedTuple):
       step: ``(weights, cache, token [B]) -> (logits [B, V], cache)``, logits of the token after ``token``.
       fork: ``(cache, K) -> cache`` of K samples for each row, or None: prompts are then repeated before ``init``.
       gather: ``(cache, ancestor [B]) -> cache`` in which row i goes on from row ``ancestor[i]``, of the same prompt.
+      prepare: ``weights -> weights`` in the form that ``step`` likes best, made once before the loop; or None.
     """
 
     init: Callable[..., Any]
     step: Callable[..., Any]
     fork: Callable[..., Any] | None = None
     gather: Callable[..., Any] | None = None
+    prepare: Callable[..., Any] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -233,6 +235,14 @@ class _MixtureGather:
         return moved, weight[:, ancestor], log_probs[:, ancestor]
 
 
+@dataclasses.dataclass(frozen=True)
+class _MixturePrepare:
+    inner: Decoder
+
+    def __call__(self, params: Mixture) -> Mixture:
+        return params._replace(params=self.inner.prepare(params.params))  # type: ignore[misc]
+
+
 def mixture(policy: Policy, first_token: jax.Array, log_prior: jax.Array) -> Policy:
     """One policy out of a conditional one and a prior over its conditions, with an exact log-probability.
 
@@ -256,5 +266,6 @@ def mixture(policy: Policy, first_token: jax.Array, log_prior: jax.Array) -> Pol
             _MixtureStep(parts),
             None if parts.fork is None else _MixtureFork(parts),
             None if parts.gather is None else _MixtureGather(parts),
+            None if parts.prepare is None else _MixturePrepare(parts),
         )
     return Policy(Mixture(policy.weights, log_prior, first_token), _MixtureApply(policy.apply), decoder)

@@ -47,7 +47,7 @@ class Progress(NamedTuple):
       log_model: [T, P * K].
       alive: rows that have not stopped; [P * K].
       position: tokens written so far.
-      key: PRNG key of the whole generation.
+      uniforms: one random number for each token to come; [T, P * K].
     """
 
     cache: Any
@@ -57,7 +57,7 @@ class Progress(NamedTuple):
     log_model: jax.Array
     alive: jax.Array
     position: jax.Array
-    key: jax.Array
+    uniforms: jax.Array
 
 
 def _recompute(policy: Policy) -> Decoder:
@@ -82,12 +82,31 @@ def _recompute(policy: Policy) -> Decoder:
     return Decoder(init, step, None, gather)
 
 
-def _draw(logits, key, index, transform: Transform, horizon: int, stop: Sequence[int]):
+def _inverse(law: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The first token whose cumulative probability exceeds a uniform number; never one of probability 0.
+
+    Args:
+      law: log-probabilities; [B, V].
+      uniform: in [0, 1); [B].
+
+    Returns:
+      int32 [B].
+    """
+    mass = jnp.exp(law)
+    total = jnp.cumsum(mass, axis=-1)
+    index = jnp.arange(law.shape[-1], dtype=jnp.int32)[None]
+    above = (total > uniform[:, None] * total[:, -1:]) & (mass > 0)
+    first = jnp.min(jnp.where(above, index, law.shape[-1]), axis=-1)
+    last = jnp.max(jnp.where(mass > 0, index, 0), axis=-1)  # should rounding leave nothing above
+    return jnp.minimum(first, last)
+
+
+def _draw(logits, uniforms, index, transform: Transform, stop: Sequence[int]):
     """One token per row, with its log-probability under the transformed distribution and under the model."""
     wide = jnp.promote_types(logits.dtype, jnp.float32)
     model = numerics.safe_log_softmax(logits.astype(wide))
-    law = transformed(transform, model, index, horizon=horizon, stop=stop)
-    token = jax.random.categorical(jax.random.fold_in(key, index), law, axis=-1).astype(jnp.int32)
+    law = transformed(transform, model, index, horizon=uniforms.shape[0], stop=stop)
+    token = _inverse(law, jax.lax.dynamic_index_in_dim(uniforms, index, keepdims=False).astype(wide))
     pick = lambda table: jnp.take_along_axis(table, token[:, None], axis=-1)[:, 0]
     return token, pick(law), pick(model)
 
@@ -132,10 +151,11 @@ def begin(
         logits, cache = decoder.init(policy.weights, prompt, horizon)
         logits, cache = jnp.repeat(logits, num_samples, axis=0), decoder.fork(cache, num_samples)
     first = jnp.zeros((), jnp.int32)
-    token, log_behaviour, log_model = _draw(logits, key, first, transform, horizon, stop)
+    uniforms = jax.random.uniform(key, (horizon, logits.shape[0]), jnp.float32)
+    token, log_behaviour, log_model = _draw(logits, uniforms, first, transform, stop)
     put = lambda x: jnp.zeros((horizon, *x.shape), x.dtype).at[0].set(x)
     written = (put(token), put(log_behaviour), put(log_model))
-    return Progress(cache, token, *written, ~_stopped(token, stop), first + 1, key)
+    return Progress(cache, token, *written, ~_stopped(token, stop), first + 1, uniforms)
 
 
 def proceed(
@@ -161,17 +181,18 @@ def proceed(
     transform = transform or Transform()
     decoder = policy.decoder or _recompute(policy)
     horizon = progress.tokens.shape[0]
+    weights = policy.weights if decoder.prepare is None else decoder.prepare(policy.weights)
     until = jnp.minimum(progress.position + num_steps, horizon)
 
     def body(p: Progress) -> Progress:
-        logits, cache = decoder.step(policy.weights, p.cache, p.token)
-        token, *log_probs = _draw(logits, p.key, p.position, transform, horizon, stop)
+        logits, cache = decoder.step(weights, p.cache, p.token)
+        token, *log_probs = _draw(logits, p.uniforms, p.position, transform, stop)
         put = lambda rows, x: jax.lax.dynamic_update_index_in_dim(
             rows, x.astype(rows.dtype), p.position, axis=0
         )
         live = [jnp.where(p.alive, x, 0.0) for x in log_probs]
         written = (put(p.tokens, token), put(p.log_behaviour, live[0]), put(p.log_model, live[1]))
-        return Progress(cache, token, *written, p.alive & ~_stopped(token, stop), p.position + 1, p.key)
+        return Progress(cache, token, *written, p.alive & ~_stopped(token, stop), p.position + 1, p.uniforms)
 
     going = lambda p: (p.position < until) & (jnp.any(p.alive) if stop else True)
     return jax.lax.while_loop(going, body, progress)

@@ -108,7 +108,9 @@ def _completion(row: int, num_samples: int, progress: Progress, stop: Sequence[i
     tokens = np.asarray(progress.tokens[:, row])[: int(progress.position)]
     ends = np.flatnonzero(np.isin(tokens, list(stop)))
     size = int(ends[0]) + 1 if len(ends) else len(tokens)
-    drawn, model = (np.asarray(x[:size, row], np.float64) for x in (progress.log_behaviour, progress.log_model))
+    drawn, model = (
+        np.asarray(x[:size, row], np.float64) for x in (progress.log_behaviour, progress.log_model)
+    )
     return Completion(row // num_samples, row % num_samples, tokens[:size], drawn, model, bool(len(ends)))
 
 

@@ -31,6 +31,11 @@ CONFINED = {
     "numpyro": {"oracle"},
     "matplotlib": {"compare", "cli"},
     "chex": set(),
+    "grain": {"data"},
+    "pyarrow": {"data"},
+    "tokenizers": {"tokenizer"},
+    "torch": set(),
+    "transformers": set(),
 }
 
 
@@ -71,8 +76,8 @@ def test_numpy_only_measurement_starts_without_jax():
 
 PUBLIC = """
 Algorithm Estimate Info Interval Policy Posterior Samples Source State Threshold Tilt Trajectories
-advance alpha_divergence best_of_n calibration_budget comparisons decision_transformer dpo
-enumerate_strings expert_iteration filtered fit_likelihood fresh from_nnx gradient_algorithm grpo
+Transform advance alpha_divergence best_of_n calibration_budget comparisons decision_transformer dpo
+enumerate_strings expert_iteration filtered fit_likelihood fresh from_nnx generate gradient_algorithm grpo
 ipo log_prob logged mixture path_consistency ppo read_samples reinforce replay reward_levels
 reward_weighted sample score sequence_log_prob start subtrajectory_balance trajectory_balance
 vargrad

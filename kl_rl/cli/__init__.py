@@ -1,4 +1,4 @@
-"""The command ``kl-rl``: compare, exact, measure."""
+"""The command ``kl-rl``: compare, exact, measure, pretrain, train, sample, plan."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ Fine-tuning as KL-regularized posterior inference: what did it do to the model?
   kl-rl compare               fine-tune one base model by every family of methods and say what each lost
   kl-rl exact W.json --beta 1 exact posterior of a small world
   kl-rl measure samples.jsonl calibration loss of anybody's fine-tune, from log-probabilities alone
+  kl-rl pretrain --text F     a small byte model from a text
+  kl-rl train METHOD ...      fine-tune a language model; survives interruption, bit for bit
+  kl-rl sample --model DIR    what a model writes
+  kl-rl plan --model 7b ...   memory and collectives of an RLHF step on a TPU slice, without one
 """
 
 
@@ -24,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name in ("compare", "exact", "measure"):
+    for name in ("compare", "exact", "measure", "pretrain", "train", "sample", "plan"):
         importlib.import_module(f"kl_rl.cli.{name}").add_parser(subparsers)
     return parser
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -88,15 +87,6 @@ def _positive(args: argparse.Namespace) -> None:
         raise ValueError("--resume needs --out, the folder of the run to go on with")
     if args.full and args.text is not None:
         raise ValueError("--full goes with an enumerable world, not with --text")
-
-
-def _use_cache() -> None:
-    """Keep compiled programs between runs, unless the user has said where or that they do not want it."""
-    import jax
-
-    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "kl_rl" / "jax"))
 
 
 def _plan(args: argparse.Namespace) -> Plan:
@@ -214,11 +204,14 @@ def run(args: argparse.Namespace) -> int:
     Returns:
       0, or 1 if the run was interrupted (what was finished is on disk and in the report).
     """
+    from kl_rl.cli.allocator import retain_freed_memory
+    from kl_rl.cli.cache import use_cache
     from kl_rl.cli.progress import live_progress
 
     _positive(args)
     folder = Path(args.out) if args.out else Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
-    _use_cache()
+    retain_freed_memory()
+    use_cache()
     started = time.monotonic()
     with live_progress() as progress:
         data = (_run_world if args.text is None else _run_text)(args, folder, progress)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from kl_rl.models.config import DecoderConfig, Execution
 from kl_rl.models.positions import Layout, visible
 
-__all__ = ["fork_attention", "row_attention"]
+__all__ = ["fork_attention", "heads_first", "row_attention"]
 
 
 def _cap(scores: jax.Array, softcap: float | None) -> jax.Array:
@@ -65,12 +65,15 @@ def row_attention(
             mask=seen[:, None],
             implementation=how,
         )
-    none = jnp.zeros((query.shape[0], 0, *key.shape[2:]), key.dtype)
-    own = seen[:, None]
-    nothing = jnp.zeros((query.shape[0], query.shape[1], 0), bool)
-    return fork_attention(config, query[:, None], none, none, key[:, None], value[:, None], nothing, own)[
-        :, 0
-    ]
+    none = jnp.zeros((query.shape[0], key.shape[2], 0, key.shape[3]), key.dtype)
+    nothing = jnp.zeros((*query.shape[:2], 0), bool)
+    keys, values = heads_first(key), heads_first(value)
+    return fork_attention(config, query, none, none, keys, values, nothing, seen)
+
+
+def heads_first(part: jax.Array) -> jax.Array:
+    """[B, S, G, D] -> [B, G, S, D]: each head's rows contiguous, so that products are plain batched matrix products."""
+    return jnp.swapaxes(part, 1, 2)
 
 
 def fork_attention(
@@ -85,38 +88,42 @@ def fork_attention(
 ) -> jax.Array:
     """Attention of K continuations over their one prompt and over themselves; softmax in float32 or better.
 
+    The queries of all K samples meet the prompt's keys in one matrix product.
+
     Args:
       config: scale and soft-cap.
-      query: [P, K, Q, H, D].
-      prompt_key: [P, L, G, D].
-      prompt_value: [P, L, G, D].
-      key: [P, K, S, G, D].
-      value: [P, K, S, G, D].
-      prompt_seen: what of the prompt each query may see; [P, Q, L] (the same for all K) or [P, K, Q, L].
-      seen: what of its own continuation; [P, K, Q, S] or [P, 1, Q, S].
+      query: [P * K, Q, H, D].
+      prompt_key: [P, G, L, D].
+      prompt_value: [P, G, L, D].
+      key: [P * K, G, S, D].
+      value: [P * K, G, S, D].
+      prompt_seen: what of the prompt each query may see, the same for all K; [P, Q, L].
+      seen: what of its own continuation; [P, Q, S].
 
     Returns:
-      [P, K, Q, H, D].
+      [P * K, Q, H, D].
     """
-    num_prompts, num_samples, length, heads, head_dim = query.shape
-    groups = key.shape[-2]
+    rows, length, heads, head_dim = query.shape
+    prompts, groups, size = prompt_key.shape[:3]
+    samples, per_group = rows // prompts, heads // groups
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    grouped = query.reshape(num_prompts, num_samples, length, groups, heads // groups, head_dim)
-    # scores: [P, G, K, R, Q, L] and [P, G, K, R, Q, S], R queries to each key head
-    of_prompt = jnp.einsum("pkqgrd,plgd->pgkrql", grouped, prompt_key, preferred_element_type=wide)
-    of_own = jnp.einsum("pkqgrd,pksgd->pgkrqs", grouped, key, preferred_element_type=wide)
-    scores = _cap(
-        jnp.concatenate([of_prompt, of_own], axis=-1) * config.query_scale, config.attention.softcap
+    turned = jnp.moveaxis(query.reshape(rows, length, groups, per_group, head_dim), 1, 3) * config.query_scale
+    own = turned.reshape(rows, groups, per_group * length, head_dim)  # [P K, G, R Q, D]
+    together = jnp.swapaxes(own.reshape(prompts, samples, *own.shape[1:]), 1, 2)  # [P, G, K, R Q, D]
+    together = together.reshape(prompts, groups, samples * per_group * length, head_dim)
+    of_prompt = jnp.einsum("pgmd,pgld->pgml", together, prompt_key, preferred_element_type=wide)
+    of_prompt = of_prompt.reshape(prompts, groups, samples, per_group, length, size)
+    of_own = jnp.einsum("bgmd,bgsd->bgms", own, key, preferred_element_type=wide)
+    of_own = jnp.swapaxes(of_own.reshape(prompts, samples, groups, per_group, length, key.shape[2]), 1, 2)
+    scores = _cap(jnp.concatenate([of_prompt, of_own], axis=-1), config.attention.softcap)
+    visible = jnp.concatenate([prompt_seen, seen], axis=-1)[:, None, None, None]
+    scores = jnp.where(visible, scores, jnp.finfo(wide).min)
+    weight = jax.nn.softmax(scores, axis=-1).astype(value.dtype)  # [P, G, K, R, Q, L + S]
+    shared = weight[..., :size].reshape(prompts, groups, samples * per_group * length, size)
+    out = jnp.einsum("pgml,pgld->pgmd", shared, prompt_value)
+    out = jnp.swapaxes(out.reshape(prompts, groups, samples, per_group * length, head_dim), 1, 2).reshape(
+        own.shape
     )
-    if prompt_seen.ndim == 3:
-        prompt_seen = prompt_seen[:, None]
-    parts = [
-        jnp.broadcast_to(s[:, None, :, None], (*scores.shape[:1], 1, num_samples, 1, length, s.shape[-1]))
-        for s in (prompt_seen, seen)
-    ]
-    scores = jnp.where(jnp.concatenate(parts, axis=-1), scores, jnp.finfo(wide).min)
-    weight = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    size = prompt_key.shape[1]
-    out = jnp.einsum("pgkrql,plgd->pkqgrd", weight[..., :size], prompt_value)
-    out += jnp.einsum("pgkrqs,pksgd->pkqgrd", weight[..., size:], value)
-    return out.reshape(query.shape)
+    alone = jnp.swapaxes(weight[..., size:], 1, 2).reshape(rows, groups, per_group * length, key.shape[2])
+    out += jnp.einsum("bgms,bgsd->bgmd", alone, value)
+    return jnp.moveaxis(out.reshape(rows, groups, per_group, length, head_dim), 3, 1).reshape(query.shape)

@@ -13,22 +13,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kl_rl.models.attention import fork_attention, row_attention
+from kl_rl.models.attention import fork_attention, heads_first, row_attention
 from kl_rl.models.config import DecoderConfig, Execution
 from kl_rl.models.head import logits_of
-from kl_rl.models.layers import normalize, rotations, run_layers
+from kl_rl.models.layers import fuse, normalize, rotations, run_layers
 from kl_rl.models.positions import Layout, last_index, layout_of, visible
 from kl_rl.models.shared import embed
 
-__all__ = ["Advance", "Cache", "Fork", "Gather", "Prefill"]
+__all__ = ["Advance", "Cache", "Fork", "Gather", "Prefill", "Prepare"]
 
 
 class Cache(NamedTuple):
     """Keys and values of every layer.
 
     Attributes:
-      prompt: per layer, keys and values [P, L, G, D].
-      own: per layer, keys and values of the samples [P * K, T, G, D].
+      prompt: per layer, keys and values [P, G, L, D].
+      own: per layer, keys and values of the samples [P * K, G, T, D].
       layout: of the prompt; [P, L].
       length: tokens in each prompt; [P].
       filled: tokens of the samples that are in the cache; a scalar.
@@ -55,12 +55,12 @@ class Prefill:
 
         def attend(window, query, key, value, extra):
             out = row_attention(self.config, self.execution, query, key, value, layout, window)
-            return out, (key, value)
+            return out, (heads_first(key), heads_first(value))
 
         angles = rotations(self.config, layout.positions)
         x, kept = run_layers(self.config, self.execution, weights["layers"], x, angles, attend)
         last = jnp.take_along_axis(x, last_index(prompt)[:, None, None], axis=1)[:, 0]
-        empty = lambda part: jnp.zeros((*part.shape[:-3], horizon, *part.shape[-2:]), part.dtype)
+        empty = lambda part: jnp.zeros((*part.shape[:-2], horizon, part.shape[-1]), part.dtype)
         length = jnp.sum(prompt >= 0, axis=-1, dtype=jnp.int32)
         cache = Cache(kept, jax.tree.map(empty, kept), layout, length, jnp.zeros((), jnp.int32))
         return logits_of(
@@ -94,6 +94,23 @@ class Gather:
 
 
 @dataclasses.dataclass(frozen=True)
+class Prepare:
+    """``weights -> weights``: projections fused and kernels in the compute dtype, once instead of at every token."""
+
+    config: DecoderConfig
+    execution: Execution
+
+    def __call__(self, weights: Any) -> Any:
+        """The weights as ``Advance`` likes them best."""
+        dtype = jnp.dtype(self.execution.compute_dtype)
+        stacked = fuse(self.config, weights["layers"]) if self.execution.fuse else weights["layers"]
+        narrow = (
+            lambda path, leaf: leaf.astype(dtype) if path[-1].key in ("kernel", "lora_a", "lora_b") else leaf
+        )
+        return weights | {"layers": jax.tree_util.tree_map_with_path(narrow, stacked)}
+
+
+@dataclasses.dataclass(frozen=True)
 class Advance:
     """``(weights, cache, token [P * K]) -> (logits [P * K, V], cache)``: one more token of every sample."""
 
@@ -122,21 +139,14 @@ class Advance:
         def attend(window, query, key, value, extra):
             (prompt_key, prompt_value), own = extra
             put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-                old, new[:, None], cache.filled, axis=1
+                old, new[:, :, None], cache.filled, axis=2
             )
             own = (put(own[0], key), put(own[1], value))
-            index = jnp.arange(own[0].shape[1], dtype=jnp.int32)[None]
+            index = jnp.arange(own[0].shape[2], dtype=jnp.int32)[None]
             written = cache.length[:, None] + index
             own_layout = Layout(written, jnp.ones_like(written))
-            split = lambda part: part.reshape(here.shape[0], -1, *part.shape[1:])
-            seen = (
-                visible(query_layout, cache.layout, window),
-                visible(query_layout, own_layout, window)[:, None],
-            )
-            one = split(query)[:, :, None]
-            out = fork_attention(
-                self.config, one, prompt_key, prompt_value, split(own[0]), split(own[1]), *seen
-            )
-            return out.reshape(query.shape), own
+            seen = visible(query_layout, cache.layout, window), visible(query_layout, own_layout, window)
+            out = fork_attention(self.config, query[:, None], prompt_key, prompt_value, *own, *seen)
+            return out[:, 0], own
 
         return attend

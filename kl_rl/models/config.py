@@ -201,6 +201,7 @@ class Execution:
       scan_layers: one compiled layer body in a loop: compiles fast however deep, and rematerializes layer by layer.
       remat: recompute each layer in the backward pass instead of keeping its activations.
       attention: "xla", "cudnn" or None (what ``jax.nn.dot_product_attention`` chooses).
+      fuse: queries, keys and values as one matrix product; not where heads are split over devices.
       chunk_rows: token positions whose logits exist at a time.
       chunk_vocab: vocabulary entries whose logits exist at a time.
     """
@@ -209,5 +210,6 @@ class Execution:
     scan_layers: bool = False
     remat: bool = False
     attention: str | None = None
+    fuse: bool = True
     chunk_rows: int = 1024
     chunk_vocab: int = 16_384

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kl_rl.models.attention import row_attention
-from kl_rl.models.cache import Advance, Fork, Gather, Prefill
+from kl_rl.models.cache import Advance, Fork, Gather, Prefill, Prepare
 from kl_rl.models.config import DecoderConfig, Execution
 from kl_rl.models.head import logits_of, token_log_probs_of
 from kl_rl.models.layers import normalize, rotations, run_layers
@@ -131,5 +131,5 @@ def decoder_policy(config: DecoderConfig, weights: Weights, execution: Execution
       Policy with scorer and decoder; ids below 0 in prompts are padding.
     """
     how = (config, execution or Execution())
-    decoder = Decoder(Prefill(*how), Advance(*how), Fork(), Gather())
+    decoder = Decoder(Prefill(*how), Advance(*how), Fork(), Gather(), Prepare(*how))
     return Policy(weights, _Apply(*how), decoder, _LogProbs(*how))

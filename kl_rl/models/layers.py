@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kl_rl.models.activations import split_batch
 from kl_rl.models.config import DecoderConfig, Execution, Norm
 from kl_rl.models.positions import rotate, rotation
 
-__all__ = ["Rotations", "dense", "layer", "normalize", "rotations", "run_layers", "unstack"]
+__all__ = ["Rotations", "dense", "fuse", "layer", "normalize", "rotations", "run_layers", "unstack"]
 
 Weights = Any
 Attend = Callable[..., tuple[jax.Array, Any]]
@@ -70,6 +71,32 @@ def _mlp(config: DecoderConfig, weights: Weights, x: jax.Array) -> jax.Array:
     return dense(weights["down"], hidden)
 
 
+def fuse(config: DecoderConfig, stacked: Weights) -> Weights:
+    """Queries, keys and values as one matrix product, where no adapter sits on them.
+
+    Args:
+      config: the architecture.
+      stacked: weights with a leading layer axis.
+
+    Returns:
+      The weights with ``qkv`` in place of ``query``, ``key`` and ``value``.
+    """
+    names = ("query", "key", "value")
+    if "qkv" in stacked or any("lora_a" in stacked[name] for name in names):
+        return stacked
+    join = lambda part: jnp.concatenate([stacked[name][part] for name in names], axis=-2)
+    fused = {part: join(part) for part in stacked["query"]}
+    return {name: part for name, part in stacked.items() if name not in names} | {"qkv": fused}
+
+
+def _project(config: DecoderConfig, weights: Weights, x: jax.Array) -> tuple[jax.Array, ...]:
+    """Queries [..., H, D], keys and values [..., G, D]."""
+    if "qkv" not in weights:
+        return tuple(dense(weights[name], x) for name in ("query", "key", "value"))
+    heads, groups = config.attention.heads, config.attention.kv_heads
+    return tuple(jnp.split(dense(weights["qkv"], x), (heads, heads + groups), axis=-2))
+
+
 def layer(
     config: DecoderConfig, weights: Weights, x: jax.Array, angles: Any, attend: Attend
 ) -> tuple[jax.Array, Any]:
@@ -87,7 +114,7 @@ def layer(
     """
     head_norm = Norm(config.norm.eps, False, config.norm.offset)
     y = normalize(config.norm, weights["attention_norm"], x)
-    query, key, value = (dense(weights[name], y) for name in ("query", "key", "value"))
+    query, key, value = _project(config, weights, y)
     if config.attention.qk_norm:
         query = normalize(head_norm, weights["query_norm"], query)
         key = normalize(head_norm, weights["key_norm"], key)
@@ -143,8 +170,10 @@ def run_layers(
       The residual stream, and what was kept: a list, or stacked if the layers are scanned.
     """
     windows = config.windows
+    stacked = fuse(config, stacked) if execution.fuse else stacked
 
     def body(x, weights, window, angle, extra):
+        x = split_batch(x)
         return layer(config, weights, x, angle, lambda q, k, v: attend(window, q, k, v, extra))
 
     if not execution.scan_layers:

@@ -98,7 +98,7 @@ def lora_policy(
     scale = 1.0 if alpha is None else alpha / rank
     adapt = lambda function: None if function is None else _Adapted(function, scale)
     decoder = base.decoder and Decoder(
-        _Adapted(base.decoder.init, scale), _Adapted(base.decoder.step, scale), *base.decoder[2:]
+        _Adapted(base.decoder.init, scale), _Adapted(base.decoder.step, scale), *base.decoder[2:4]
     )
     return Policy(adapter, _Adapted(base.apply, scale), decoder, adapt(base.scorer), shared=weights)
 

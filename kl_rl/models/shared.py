@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kl_rl.models.attention import fork_attention, row_attention
+from kl_rl.models.activations import split_batch, whole_rows
+from kl_rl.models.attention import fork_attention, heads_first, row_attention
 from kl_rl.models.config import DecoderConfig, Execution
 from kl_rl.models.layers import normalize, rotations, run_layers
 from kl_rl.models.positions import Layout, last_index, layout_of, visible
@@ -20,12 +21,12 @@ def embed(
 ) -> jax.Array:
     """Input embeddings in the compute dtype; ids [...], padding reads row 0 -> [..., d]."""
     dtype = jnp.dtype(execution.compute_dtype)
-    x = weights["embed"]["table"][jnp.maximum(ids, 0)].astype(dtype)
+    x = whole_rows(weights["embed"]["table"])[jnp.maximum(ids, 0)].astype(dtype)
     if config.embed_scale != 1.0:
         x = x * jnp.asarray(config.embed_scale, dtype)
     if config.rotary is None:
-        x = x + weights["position"]["table"][positions].astype(dtype)
-    return x
+        x = x + whole_rows(weights["position"]["table"])[positions].astype(dtype)
+    return split_batch(x)
 
 
 def completion_layout(prompt: jax.Array, tokens: jax.Array) -> Layout:
@@ -46,8 +47,8 @@ def completion_hidden(
 ) -> jax.Array:
     """Hidden states that predict each completion token, the prompt computed once for its K completions.
 
-    Prompt and completion tokens run through each layer as one flat list, so that every projection is one matrix
-    product; only attention tells them apart.
+    A prompt and its completions run through each layer as one row, so that every projection is one matrix product and
+    the prompts can be split over devices; only attention tells them apart.
 
     Args:
       config: the architecture.
@@ -60,29 +61,32 @@ def completion_hidden(
       [P, K, T, d]; entry t predicts ``tokens[..., t]``.
     """
     inputs = tokens[..., :-1]
-    size = prompt.size
+    size = prompt.shape[1]
     before, own = layout_of(prompt), completion_layout(prompt, inputs)
-    positions = jnp.concatenate([before.positions.reshape(-1), own.positions.reshape(-1)])
-    ids = jnp.concatenate([prompt.reshape(-1), inputs.reshape(-1).astype(prompt.dtype)])
+    row = lambda x: x.reshape(prompt.shape[0], -1)
+    positions = jnp.concatenate([before.positions, row(own.positions)], axis=1)
+    ids = jnp.concatenate([prompt, row(inputs).astype(prompt.dtype)], axis=1)
     x = embed(config, execution, weights, ids, positions)
     first = Layout(*(part.reshape(*inputs.shape)[:, 0] for part in own))  # all K stand at the same positions
 
     def attend(window, query, key, value, extra):
         parts: tuple[Any, ...] = (query, key, value)
-        of_prompt: Any = [part[:size].reshape(*prompt.shape, *part.shape[1:]) for part in parts]
-        of_own: Any = [part[size:].reshape(*inputs.shape, *part.shape[1:]) for part in parts]
+        of_prompt: Any = [part[:, :size] for part in parts]
+        of_own: Any = [part[:, size:].reshape(*inputs.shape, *part.shape[2:]) for part in parts]
         inside = row_attention(config, execution, of_prompt[0], of_prompt[1], of_prompt[2], before, window)
         prompt_seen, own_seen = visible(first, before, window), visible(first, first, window)
-        prompt_keys, own_keys = (of_prompt[1], of_prompt[2]), (of_own[1], of_own[2])
+        one, *rows = (part.reshape(-1, *part.shape[2:]) for part in of_own)
+        prompt_key, prompt_value = (heads_first(part) for part in of_prompt[1:])
+        own_key, own_value = (heads_first(part) for part in rows)
         outside = fork_attention(
-            config, of_own[0], *prompt_keys, *own_keys, prompt_seen=prompt_seen, seen=own_seen[:, None]
+            config, one, prompt_key, prompt_value, own_key, own_value, prompt_seen, own_seen
         )
-        flat = [part.reshape(-1, *query.shape[1:]) for part in (inside, outside)]
-        return jnp.concatenate(flat), None
+        outside = outside.reshape(prompt.shape[0], -1, *query.shape[2:])
+        return jnp.concatenate([inside, outside], axis=1), None
 
     x, _ = run_layers(config, execution, weights["layers"], x, rotations(config, positions), attend)
-    ends = jnp.arange(prompt.shape[0]) * prompt.shape[1] + last_index(prompt)
     width = x.shape[-1]
-    start = jnp.broadcast_to(x[ends][:, None, None], (*tokens.shape[:2], 1, width))
-    rows = jnp.concatenate([start, x[size:].reshape(*inputs.shape, width)], axis=2)
+    last = jnp.take_along_axis(x, last_index(prompt)[:, None, None], axis=1)[:, None]
+    start = jnp.broadcast_to(last, (*tokens.shape[:2], 1, width))
+    rows = jnp.concatenate([start, x[:, size:].reshape(*inputs.shape, width)], axis=2)
     return normalize(config.norm, weights["final_norm"], rows)

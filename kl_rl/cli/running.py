@@ -1,0 +1,54 @@
+"""What the commands that train have in common: the folder, its lock, and how a run that stops is spoken of."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["held", "said_how_to_resume"]
+
+
+@contextlib.contextmanager
+def held(folder: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[None]:
+    """The folder of a run, locked; ``run.json`` and ``provenance.json`` are in it.
+
+    Args:
+      folder: made if missing.
+      settings: what is asked; must be the same on resume.
+      resume: go on with the run that is there.
+
+    Raises:
+      OutputError: held by another process, of another run, or not to be written.
+    """
+    from kl_rl.compare.session import opened, provenance, write_atomically
+
+    with opened(folder, json.loads(json.dumps(settings)), resume=resume):
+        if not (folder / "provenance.json").exists():
+            write_atomically(folder / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
+        yield
+
+
+@contextlib.contextmanager
+def said_how_to_resume(command: str, folder: Path) -> Iterator[list[int]]:
+    """Turns a stop or a failure in the middle of a run into a line; the list yielded holds the exit status, if any."""
+    from kl_rl.checkpoint import SaveError
+    from kl_rl.training import BadRewardValue, Diverged, Stopped
+
+    code: list[int] = []
+    advice = f"go on with the same options and --out {folder} --resume"
+    try:
+        yield code
+    except Stopped as stop:
+        print(f"kl-rl {command}: {stop.signal}: saved after step {stop.step}; {advice}", file=sys.stderr)
+        code.append(stop.code)
+    except (BadRewardValue, Diverged) as error:
+        hint = "; or --on-bad-reward skip" if isinstance(error, BadRewardValue) else ""
+        print(f"kl-rl {command}: {error}; nothing is lost: {advice}{hint}", file=sys.stderr)
+        code.append(2)
+    except SaveError as error:
+        print(f"kl-rl {command}: {error}; make room, then {advice}", file=sys.stderr)
+        code.append(1)

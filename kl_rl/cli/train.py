@@ -1,0 +1,204 @@
+"""``kl-rl train``: fine-tune a language model by any method of the catalogue, in a run that survives."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_parser", "run"]
+
+DESCRIPTION = """\
+Fine-tune a language model for a reward, held to a base model: RLHF, imitation, decision-transformer conditioning,
+off-policy RL, preferences. Checkpoints hold everything; a run that was stopped or killed anywhere and is resumed ends
+with the same weights and the same files, bit for bit. Measures on held-out prompts what training does to the model
+(calibration loss C, with P and S).
+"""
+EXAMPLES = """\
+methods: rlhf (= rloo), ppo, grpo, best-of-n, filter, reward-weighted, decision-transformer, trajectory-balance,
+  vargrad, path-consistency, dpo, ipo, ... and all names of `kl-rl compare --methods`; an unknown name lists them
+rewards: module:function or file.py:function, called as function(prompt, completion) -> number; a word list or patterns
+  (.json); lines of token, tab, valence (.tsv, .txt); a folder with a causal language model, whose log-likelihood of the
+  completion is the reward (nats)
+prompts: .jsonl or .parquet with a field "prompt" (or "messages", "prompt_tokens"); .txt: a prompt on each line, or
+  pieces of --prompt-length tokens
+
+examples:
+  kl-rl train rlhf --base runs/base --prompts lines.txt --reward words.json --beta 0.5 --out runs/rlhf
+  kl-rl train best-of-n --n 4 --base runs/base --prompts p.jsonl --reward rewards.py:politeness --out runs/bon
+  kl-rl train rlhf --base models/qwen --lora 16 --prompts p.jsonl --reward m:f --beta 0.1 --out runs/q --resume
+
+Writes metrics.jsonl, evaluations.jsonl, samples.jsonl, timing.jsonl, curves.png, checkpoints/, model/ (Hugging Face).
+SIGTERM and Ctrl-C: the step is finished and saved, exit status 143 or 130; --resume goes on.
+"""
+OPTIONS: tuple[tuple[str, Any, str, str], ...] = (
+    ("n", float, "N", "draws of best-of-n and expert iteration (default 4)"),
+    ("threshold", float, "R", "filter: least reward of a sample that is imitated"),
+    ("fraction", float, "F", "dt-quantile: share of the base's samples that is kept (default 0.1)"),
+    ("prompt-length", int, "L", "cut a .txt file into prompts of L tokens"),
+    ("num-prompts", int, "N", "use at most N prompts, spread over the file"),
+    ("steps", int, "N", "training steps (default 200)"),
+    ("batch", int, "B", "prompts per step (default 8)"),
+    ("num-samples", int, "K", "completions of each prompt (default 8)"),
+    ("horizon", int, "T", "longest completion, tokens (default 48)"),
+    ("held-out", int, "N", "prompts kept to measure on (default 8)"),
+    ("eval-every", int, "N", "steps between measurements (default: a quarter of --steps)"),
+    ("eval-samples", int, "N", "completions of each held-out prompt in a measurement (default 32)"),
+    ("lr", float, "R", "peak learning rate (default 1e-4; with --lora more, such as 1e-3)"),
+    ("lora", int, "RANK", "train an adapter of this rank, not all weights"),
+    ("temperature", float, "T", "of the sampler (default 1)"),
+    ("seed", int, "N", "default 0"),
+    ("save-every", int, "N", "steps between checkpoints (default: a tenth of --steps)"),
+)
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the sub-command to the parser of ``kl-rl``."""
+    parser = subparsers.add_parser(
+        "train",
+        help="fine-tune a language model by any method",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("method", metavar="METHOD", help="see below")
+    parser.add_argument(
+        "--base", metavar="DIR", required=True, help="Hugging Face folder, or output of a run"
+    )
+    parser.add_argument("--prompts", metavar="FILE", required=True, help="see below")
+    parser.add_argument("--reward", metavar="R", required=True, help="see below")
+    parser.add_argument(
+        "--beta", type=float, default=1.0, metavar="B", help="reward units per nat (default 1)"
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="output folder")
+    for name, kind, metavar, text in OPTIONS:
+        parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+    parser.add_argument("--mesh", metavar="AXES", default="", help="devices, such as data=2,fsdp=4,tensor=1")
+    parser.add_argument(
+        "--compute-dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products"
+    )
+    parser.add_argument(
+        "--on-bad-reward", choices=("stop", "skip"), default="stop",
+        help="if the reward fails or is no finite number: stop, or replace the sample by a good one of its group",
+    )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    parser.add_argument("--no-png", action="store_true", help="no figure")
+    parser.add_argument("--tensorboard", action="store_true", help="event files in DIR/tensorboard")
+    parser.add_argument("--wandb", metavar="PROJECT", help="report to wandb")
+    parser.add_argument("--trackio", metavar="PROJECT", help="report to trackio")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--json", action="store_true", help="print the last measurement as one JSON object")
+    parser.set_defaults(run=run)
+
+
+def _mesh_axes(text: str) -> tuple[tuple[str, int], ...]:
+    axes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in ("data", "fsdp", "tensor") or not size.isdigit() or not int(size) or name in axes:
+            raise ValueError(f"--mesh: {part!r} is not data=N, fsdp=N or tensor=N; give each at most once")
+        axes[name] = int(size)
+    return tuple(axes.items())
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    import dataclasses
+
+    from kl_rl.training.settings import Learning, Saving, Settings, Sizes, Task
+
+    steps = args.steps or Sizes.steps
+    given = {**vars(args), "learning_rate": args.lr, "mesh": _mesh_axes(args.mesh)}
+    given["eval_every"] = max(1, steps // 4) if args.eval_every is None else args.eval_every
+    given["save_every"] = max(1, steps // 10) if args.save_every is None else args.save_every
+
+    def group(kind: Any) -> Any:
+        names = [field.name for field in dataclasses.fields(kind)]
+        return kind(**{name: given[name] for name in names if given.get(name) is not None})
+
+    return Settings(group(Task), group(Sizes), group(Learning), group(Saving))
+
+
+def _sinks(args: argparse.Namespace, folder: Path, settings: Any) -> Any:
+    from kl_rl.training.sinks import tensorboard_sink, tracking_sink
+
+    def make(step: int) -> list[Any]:
+        found = [tensorboard_sink(folder / "tensorboard", step)] if args.tensorboard else []
+        for name in ("wandb", "trackio"):
+            if project := getattr(args, name):
+                found.append(tracking_sink(name, project, folder.name, settings.compared()))
+        return found
+
+    return make
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command.
+
+    Returns:
+      0; 1 if a checkpoint could not be written; 2 for bad input and bad rewards; 143 or 130 after a signal.
+    """
+    from kl_rl.cli.allocator import retain_freed_memory
+    from kl_rl.cli.cache import use_cache
+    from kl_rl.cli.progress import live_progress
+    from kl_rl.cli.running import held, said_how_to_resume
+    from kl_rl.training.methods import choose
+    from kl_rl.training.model import fingerprint, model_folder
+    from kl_rl.training.train import train
+
+    settings, folder = _settings(args), Path(args.out)
+    choose(settings)
+    retain_freed_memory()
+    use_cache()
+    task = settings.task
+    inputs = {name: fingerprint(getattr(task, name)) for name in ("prompts", "reward")}
+    inputs["base"] = fingerprint(model_folder(task.base))
+    asked = {"command": "train", **settings.compared(), "inputs": inputs}
+    started = time.monotonic()
+    with (
+        held(folder, asked, resume=args.resume),
+        said_how_to_resume("train", folder) as code,
+        live_progress() as live,
+    ):
+        quiet = lambda fraction, message: None
+        progress = quiet if args.quiet else _sparse(live, settings.sizes.steps)
+        result = train(settings, folder, progress=progress, make_sinks=_sinks(args, folder, settings))
+        if not args.no_png:
+            from kl_rl.cli.curves import draw_curves
+
+            draw_curves(folder)
+    if code:
+        return code[0]
+    _print(args, folder, result, time.monotonic() - started)
+    return 0
+
+
+def _sparse(live: Any, steps: int) -> Any:
+    """On a terminal every step moves the bar; elsewhere about twenty lines are written."""
+    every = 1 if sys.stderr.isatty() else max(1, steps // 20)
+
+    def progress(fraction: float, message: str) -> None:
+        if not message.startswith("step ") or round(fraction * steps) % every == 0:
+            live(fraction, message)
+
+    return progress
+
+
+def _print(args: argparse.Namespace, folder: Path, result: dict[str, Any], seconds: float) -> None:
+    if args.json:
+        from kl_rl.compare.rows import clean
+
+        print(json.dumps(clean(result), allow_nan=False))
+        return
+    print(f"{folder / 'model'}: {args.method}, {result['steps']} steps  ({seconds:.0f} s)")
+    print(f"on held-out prompts: mean reward {result['base_reward']:.3f} -> {result['reward']:.3f}; in nats:")
+    for name, text in (
+        ("kl", "KL(q || p0)"),
+        ("P", "price P"),
+        ("S", "shape S"),
+        ("C", "calibration loss C"),
+    ):
+        low, high = result[f"{name}_lower"], result[f"{name}_upper"]
+        print(f"  {text:<20} {result[name]:8.4f}   [{low:.4f}, {high:.4f}]")

@@ -1,0 +1,129 @@
+"""A plan: both programs of a step compiled for a topology; memory by kind, whether it fits, communication."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from kl_rl.models.config import DecoderConfig
+from kl_rl.models.weights import count_parameters
+from kl_rl.plan.compiled import Compiled, compile_program
+from kl_rl.plan.flops import Flops, step_flops
+from kl_rl.plan.programs import Problem, build, lower_sampling, lower_update
+from kl_rl.plan.setting import Setting, check_setting
+from kl_rl.plan.topology import Topology
+from kl_rl.sharding import check_mesh, make_mesh
+from kl_rl.sharding.rules import axis_size
+
+__all__ = ["Plan", "device_bytes", "make_plan"]
+
+
+class Plan(NamedTuple):
+    """What a step needs on each device.
+
+    Attributes:
+      parameters: of the model.
+      mesh: axis -> size.
+      resident: bytes of what stays in memory between programs, by kind.
+      cache: bytes of the sampler's keys and values (part of sampling's temporaries).
+      sampling: the compiled sampler.
+      update: the compiled update.
+      peak: bytes needed while either runs, with everything resident.
+      memory: bytes a device has, or None.
+      flops: of one step on all devices.
+    """
+
+    parameters: int
+    mesh: dict[str, int]
+    resident: dict[str, int]
+    cache: int
+    sampling: Compiled
+    update: Compiled
+    peak: int
+    memory: int | None
+    flops: Flops
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether both programs fit; None where devices have no limit of their own."""
+        if self.sampling.refusal or self.update.refusal:
+            return False
+        return None if self.memory is None else self.peak <= self.memory
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of placed shapes on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        size = leaf.dtype.itemsize if isinstance(leaf.dtype, np.dtype) else 8
+        total += math.prod(shape) * size
+    return total
+
+
+def _resident(problem: Problem) -> dict[str, int]:
+    state = problem.state
+    return {
+        "parameters": device_bytes(state.policy),
+        "optimizer": device_bytes(state.optimizer),
+        "twist": device_bytes(state.twist),
+        "base": device_bytes(problem.base),
+        "batch": device_bytes(problem.batch),
+    }
+
+
+def _cache_bytes(config: DecoderConfig, setting: Setting, mesh: Mesh) -> int:
+    """Keys and values of prompts and samples, in bfloat16, split over batch and key heads."""
+    tokens = setting.prompt_length + setting.samples * setting.horizon
+    numbers = (
+        2 * config.layers * config.attention.kv_heads * config.attention.head_dim * setting.prompts * tokens
+    )
+    return 2 * numbers // (axis_size(mesh, "batch") * axis_size(mesh, "kv_heads"))
+
+
+def make_plan(
+    config: DecoderConfig, setting: Setting, topology: Topology, sizes: dict[str, int] | None = None
+) -> Plan:
+    """Compile both programs of a step and read off what they need.
+
+    Args:
+      config: the architecture.
+      setting: method and sizes.
+      topology: from ``find_topology``.
+      sizes: mesh axis -> size; all devices on ``fsdp`` if None.
+
+    Returns:
+      The plan.
+
+    Raises:
+      ValueError: for sizes that do not go together.
+    """
+    check_setting(setting, config)
+    sizes = sizes or {"fsdp": len(topology.devices)}
+    mesh = make_mesh(**sizes, devices=topology.devices)
+    check_mesh(config, mesh)
+    parts = axis_size(mesh, "batch")
+    if setting.prompts % parts:
+        raise ValueError(
+            f"--batch {setting.prompts}: prompts are split over data x fsdp = {parts}: use a multiple of {parts}"
+        )
+    problem = build(config, setting, mesh)
+    resident = _resident(problem)
+    sampling = compile_program(lower_sampling(problem, setting, mesh))
+    update = compile_program(lower_update(problem, mesh))
+    beside = max(0, sum(resident.values()) - sampling.arguments)
+    return Plan(
+        count_parameters(config),
+        dict(mesh.shape),
+        resident,
+        _cache_bytes(config, setting, mesh),
+        sampling,
+        update,
+        max(sampling.whole + beside, update.whole),
+        topology.memory,
+        step_flops(config, setting),
+    )

@@ -1,0 +1,44 @@
+"""The trained model as a Hugging Face folder: an adapter merged, a conditional model with its return prior."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from kl_rl.huggingface import save_checkpoint
+from kl_rl.models import merge_lora
+from kl_rl.training.job import Job
+from kl_rl.training.programs import Run
+from kl_rl.training.returns import write_returns
+
+__all__ = ["export"]
+
+
+def export(job: Job, run: Run, folder: Path) -> None:
+    """Write what was learned so that transformers, vLLM and ``kl-rl sample`` open it.
+
+    Args:
+      job: the run's fixed parts.
+      run: at its end.
+      folder: made, or replaced as a whole.
+
+    Raises:
+      OSError: the disk is full or cannot be written.
+    """
+    policy = job.programs.trained(job.base, run)
+    weights = merge_lora(policy) if job.settings.learning.lora else policy.params
+    config, checkpoint = job.model.config, job.model.checkpoint
+    save_checkpoint(
+        folder,
+        config,
+        jax.device_get(weights),
+        like=checkpoint,
+        tokenizer_from=job.model.tokenizer,
+    )
+    if job.chosen.returns:
+        mixed = job.programs.deployed(job.base, run, job.knobs)
+        write_returns(
+            folder, job.model.first_token, np.asarray(mixed.params.log_prior), np.asarray(run.edges)
+        )

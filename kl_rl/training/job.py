@@ -1,0 +1,124 @@
+"""A run's fixed parts, put together from its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from kl_rl.models import Execution
+from kl_rl.policy import Policy
+from kl_rl.sharding import AXES, check_mesh, make_mesh, place, place_batch, replicated
+from kl_rl.training.errors import TrainingError
+from kl_rl.training.methods import Chosen, choose
+from kl_rl.training.model import Model, load_model, with_returns
+from kl_rl.training.programs import Knobs, Plan, Programs, make_programs
+from kl_rl.training.prompts import Prompts, load_prompts, order_of, split
+from kl_rl.training.rewards import HostReward, load_reward
+from kl_rl.training.settings import Settings
+from kl_rl.trajectories import Trajectories
+
+__all__ = ["Job", "make_job"]
+
+
+class Job(NamedTuple):
+    """What does not change during a run.
+
+    Attributes:
+      settings: as asked.
+      chosen: the method.
+      model: base and tokenizer.
+      base: p0, placed on the mesh.
+      reward: on the host.
+      train: prompts to train on.
+      held_out: prompts to measure on.
+      order: ``step -> indices of the training prompts`` [B].
+      programs: compiled parts.
+      knobs: their numbers.
+      mesh: devices; None: one.
+    """
+
+    settings: Settings
+    chosen: Chosen
+    model: Model
+    base: Policy
+    reward: HostReward
+    train: Prompts
+    held_out: Prompts
+    order: Callable[[int], np.ndarray]
+    programs: Programs
+    knobs: Knobs
+    mesh: Mesh | None
+
+    def batch(self, batch: Trajectories) -> Trajectories:
+        """A batch of host arrays on the devices."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, batch)
+        return place_batch(batch, self.mesh)
+
+    def array(self, x: np.ndarray | np.generic) -> jax.Array:
+        """A small array on the devices, whole on each."""
+        return jnp.asarray(x) if self.mesh is None else jax.device_put(x, replicated(self.mesh))
+
+
+def _mesh(settings: Settings, model: Model) -> Mesh | None:
+    axes = dict(settings.learning.mesh)
+    if not axes:
+        return None
+    parts = axes.get("data", 1) * axes.get("fsdp", 1)
+    if settings.sizes.batch % parts:
+        raise TrainingError(
+            f"--batch {settings.sizes.batch} cannot be split over data x fsdp = {parts} devices: "
+            f"use a multiple of {parts}"
+        )
+    try:
+        mesh = make_mesh(*(axes.get(name, 1) for name in AXES))
+        check_mesh(model.config, mesh)
+    except ValueError as error:
+        raise TrainingError(f"--mesh: {error}") from error
+    return mesh
+
+
+def make_job(settings: Settings) -> Job:
+    """Open model, prompts and reward, and prepare (but not yet compile) the programs.
+
+    Args:
+      settings: of the run.
+
+    Returns:
+      The job.
+
+    Raises:
+      TrainingError, DataError, BadReward: for input that cannot be used.
+    """
+    chosen = choose(settings)
+    execution = Execution(compute_dtype=settings.learning.compute_dtype)
+    reward = load_reward(settings.task.reward)
+    model = load_model(settings.task.base, execution)
+    if chosen.returns:
+        model = with_returns(model, execution)
+    prompts = load_prompts(settings, model)
+    train, held_out = split(prompts, settings.sizes.held_out, settings.learning.seed)
+    mesh = _mesh(settings, model)
+    plan = Plan(
+        chosen.method,
+        chosen.memory,
+        settings.sizes,
+        model.config,
+        model.first_token,
+        stop=tuple(end for end in model.tokenizer.end_ids if end < model.config.vocab),
+        lora=settings.learning.lora,
+        many_prompts=len(train.texts) > 1,
+        mesh=mesh,
+    )
+    programs = make_programs(plan)
+    learning, number = settings.learning, lambda x: jnp.asarray(x, jnp.float32)
+    warm = None if learning.temperature == 1.0 else number(learning.temperature)
+    knobs = Knobs(number(chosen.knob), number(learning.learning_rate), warm)
+    base = model.base if mesh is None else place(model.base, mesh)
+    order = order_of(train, settings.sizes.batch, settings.learning.seed)
+    return Job(settings, chosen, model, base, reward, train, held_out, order, programs, knobs, mesh)

@@ -1,0 +1,100 @@
+"""Which method: the comparison's catalogue under friendly names, its knob, and what it keeps between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from kl_rl.compare.catalogue import CATALOGUE, Method
+from kl_rl.training import memory
+from kl_rl.training.errors import TrainingError
+from kl_rl.training.memory import Memory
+from kl_rl.training.settings import Settings, Task
+
+__all__ = ["ALIASES", "Chosen", "choose"]
+
+ALIASES: Mapping[str, str] = {
+    "rlhf": "rloo",
+    "reinforce": "rloo",
+    "reward-weighted": "rwr",
+    "decision-transformer": "dt-tilted",
+    "vargrad": "vargrad-replay",
+    "trajectory-balance": "tb-replay",
+    "subtrajectory-balance": "subtb-replay",
+    "path-consistency": "pcl-replay",
+    "dpg": "alpha-1",
+}
+
+_FRESH, _REPLAY, _LOGGED, _COMPARED = memory.fresh(), memory.replay(), memory.logged(), memory.compared()
+_MEMORY: Mapping[str, Memory] = {
+    "rwr-logged": _LOGGED,
+    "vargrad-logged": _LOGGED,
+    "vargrad-replay": _REPLAY,
+    "tb-replay": _REPLAY,
+    "subtb-replay": _REPLAY,
+    "pcl-replay": _REPLAY,
+    "dpo": _COMPARED,
+    "ipo": _COMPARED,
+}
+
+_KNOBS: Mapping[str, Callable[[Task], float | None]] = {
+    "beta": lambda task: task.beta,
+    "beta_over_std": lambda task: task.beta,
+    "beta_win_rate": lambda task: task.beta,
+    "steps": lambda task: task.beta,
+    "greatest": lambda task: task.beta,
+    "n": lambda task: task.n,
+    "threshold": lambda task: task.threshold,
+    "fraction": lambda task: task.fraction,
+}
+
+
+class Chosen(NamedTuple):
+    """A method ready to be built.
+
+    Attributes:
+      method: row of the catalogue.
+      knob: its value.
+      memory: what it keeps.
+      returns: whether prompts begin with a return token.
+    """
+
+    method: Method
+    knob: float
+    memory: Memory
+    returns: bool
+
+
+def _check(method: Method, settings: Settings) -> None:
+    task, samples = settings.task, settings.sizes.num_samples
+    if method.knob == "threshold" and task.threshold is None:
+        raise TrainingError(f"{task.method} needs --threshold, the least reward of a sample that is imitated")
+    if method.knob == "n" and task.n > samples:
+        raise TrainingError(f"--n must be at most --num-samples = {samples}; got {task.n:g}")
+    if method.family == "preference" and samples % 2:
+        raise TrainingError(f"{task.method} compares pairs: --num-samples must be even; got {samples}")
+    if samples < 2:
+        raise TrainingError(f"--num-samples must be at least 2; got {samples}")
+
+
+def choose(settings: Settings) -> Chosen:
+    """Find the method and its knob.
+
+    Args:
+      settings: of the run.
+
+    Returns:
+      The method.
+
+    Raises:
+      TrainingError: no such method, or settings that it cannot work with.
+    """
+    name = ALIASES.get(settings.task.method, settings.task.method)
+    found = {method.name: method for method in CATALOGUE}.get(name)
+    if found is None:
+        known = ", ".join([*ALIASES, *(m.name for m in CATALOGUE)])
+        raise TrainingError(f"unknown method {settings.task.method!r}; known: {known}")
+    _check(found, settings)
+    knob = _KNOBS[found.knob](settings.task)
+    assert knob is not None
+    return Chosen(found, float(knob), _MEMORY.get(found.name, _FRESH), found.family == "conditioning")

@@ -1,0 +1,154 @@
+"""Prompts of a run: read, checked against the context, split into those trained on and those measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kl_rl.data import DataError, Encoder, Limits, PromptRecord, load_records
+from kl_rl.data.row import Content
+from kl_rl.training.errors import TrainingError
+from kl_rl.training.model import Model, begin_of
+from kl_rl.training.settings import Settings
+
+__all__ = ["Prompts", "load_prompts", "order_of", "split"]
+
+
+class Prompts(NamedTuple):
+    """N prompts.
+
+    Attributes:
+      ids: padded with -1 on the right; where there are return tokens, column 0 is their place; int32 [N, L].
+      texts: as the reward function sees them.
+    """
+
+    ids: np.ndarray
+    texts: tuple[str, ...]
+
+    def take(self, index: np.ndarray) -> Prompts:
+        """The prompts ``index``."""
+        return Prompts(self.ids[index], tuple(self.texts[i] for i in index))
+
+
+def load_prompts(settings: Settings, model: Model) -> Prompts:
+    """Read a file of prompts.
+
+    Args:
+      settings: of the run; .jsonl, .parquet (field ``prompt``, ``messages`` or ``prompt_tokens``), or .txt.
+      model: its tokenizer and context.
+
+    Returns:
+      The prompts.
+
+    Raises:
+      TrainingError, DataError: naming file, line and field, or the prompt that does not fit the context.
+    """
+    task, tokenizer, begin = settings.task, model.tokenizer, begin_of(model.tokenizer)
+    slot = [] if begin is not None or model.first_token < 0 else [-1]
+    render = tokenizer.apply_chat if tokenizer.chat_template is not None else None
+    limits = Limits(context=model.config.context - len(slot), completion=settings.sizes.horizon)
+    encoder = Encoder(tokenizer, limits, render=render, add_end=False, begin=begin)
+    rows = []
+    for where, content in _spread(_contents(settings, model), task.num_prompts):
+        ids = encoder.fit(where, encoder.prompt(where, content), settings.sizes.horizon)
+        if begin is not None and model.first_token >= 0 and list(ids[:1]) != [begin]:
+            raise DataError(
+                f"{where}: return tokens replace the begin mark, and this prompt does not begin with it"
+            )
+        rows.append([*slot, *ids])
+    if not rows:
+        raise TrainingError(f"{task.prompts}: holds no prompt")
+    width = max(map(len, rows))
+    padded = np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
+    return Prompts(padded, tuple(tokenizer.decode(row) for row in rows))
+
+
+def _spread(items: Sequence[tuple[str, Content]], count: int | None) -> list[tuple[str, Content]]:
+    """At most ``count`` of the items, evenly spaced."""
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _contents(settings: Settings, model: Model) -> list[tuple[str, Content]]:
+    task = settings.task
+    if Path(task.prompts).suffix in (".txt", ".md"):
+        return _text(task.prompts, task.prompt_length, model)
+    if task.prompt_length is not None:
+        raise TrainingError("--prompt-length cuts a .txt file; prompts of other files are taken as they are")
+    try:
+        records = load_records(task.prompts, PromptRecord).records
+    except OSError as error:
+        raise TrainingError(f"{task.prompts}: cannot be read: {error.strerror or error}") from error
+    return [(record.where, record.prompt) for record in records]
+
+
+def _text(name: str, length: int | None, model: Model) -> list[tuple[str, Content]]:
+    """Lines that are not blank, or pieces of ``length`` tokens."""
+    try:
+        text = Path(name).expanduser().read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"{name}: byte {error.start}: not UTF-8 text; save the file as UTF-8") from error
+    except OSError as error:
+        raise TrainingError(f"{name}: cannot be read: {error.strerror or error}") from error
+    if length is None:
+        lines = enumerate(text.splitlines(), 1)
+        found = [(f"{name}: line {number}", Content(text=line)) for number, line in lines if line.strip()]
+    else:
+        ids = model.tokenizer.encode(text)
+        starts = range(0, len(ids) - length + 1, length)
+        found = [(f"{name}: token {s + 1}", Content(tokens=tuple(ids[s : s + length]))) for s in starts]
+        first = begin_of(model.tokenizer)
+        found = [(w, Content(tokens=c.tokens)) for w, c in found] if first is None else found
+    if not found:
+        raise TrainingError(f"{name}: holds no prompt; write one on each line")
+    return found
+
+
+def split(prompts: Prompts, held_out: int, seed: int) -> tuple[Prompts, Prompts]:
+    """Prompts to train on and prompts to measure on; of a few, at most a quarter is held out.
+
+    A single prompt (up to three) is used for both.
+
+    Args:
+      prompts: N of them.
+      held_out: wished for.
+      seed: of the choice.
+
+    Returns:
+      Training prompts, held-out prompts.
+    """
+    total = len(prompts.texts)
+    order = np.argsort(np.random.Philox(np.random.SeedSequence([seed, 1])).random_raw(total), kind="stable")
+    count = min(held_out, total // 4)
+    if count == 0:
+        return prompts, prompts.take(np.sort(order[: max(1, min(held_out, total))]))
+    return prompts.take(np.sort(order[count:])), prompts.take(np.sort(order[:count]))
+
+
+def order_of(prompts: Prompts, batch: int, seed: int) -> Callable[[int], np.ndarray]:
+    """Which prompts step s uses: another permutation every epoch, a pure function of (seed, s).
+
+    Args:
+      prompts: N of them.
+      batch: B; prompts repeat within a batch if N < B.
+      seed: of the permutations.
+
+    Returns:
+      ``step -> index [B]``.
+    """
+    total = len(prompts.texts)
+
+    def permutation(epoch: int) -> np.ndarray:
+        raw = np.random.Philox(np.random.SeedSequence([seed, 2, epoch])).random_raw(total)
+        return np.argsort(raw, kind="stable")
+
+    def index(step: int) -> np.ndarray:
+        places = np.arange(step * batch, (step + 1) * batch)
+        orders = {e: permutation(e) for e in {int(p) // total for p in places}}
+        return np.array([orders[int(p) // total][int(p) % total] for p in places])
+
+    return index

@@ -1,0 +1,77 @@
+"""Return tokens: where one ends and the next begins, and what an exported conditional model needs to be sampled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from kl_rl.policy import Policy, mixture
+from kl_rl.training.errors import TrainingError
+from kl_rl.training.model import RETURN_TOKENS
+
+__all__ = ["RETURNS_FILE", "deployed_policy", "return_edges", "write_returns"]
+
+RETURNS_FILE = "kl_rl_returns.json"
+
+
+def return_edges(reward: np.ndarray) -> np.ndarray:
+    """Boundaries between return tokens, finer towards high rewards, each half-way between two rewards that occur.
+
+    Args:
+      reward: of samples of the base; [N].
+
+    Returns:
+      Ascending, infinite where there are fewer levels than tokens; float32 [R - 1].
+
+    Raises:
+      TrainingError: all samples score alike, so there is no return to condition on.
+    """
+    values = np.unique(reward)
+    if len(values) < 2:
+        raise TrainingError(
+            f"all {reward.size} completions of the base model score {values[0]:g}: there is no return to condition "
+            "on; use another reward, a longer --horizon or other prompts"
+        )
+    middles = 0.5 * (values[1:] + values[:-1])
+    below = np.searchsorted(np.sort(reward), middles) / reward.size
+    wanted = 1.0 - np.geomspace(0.8, 0.01, RETURN_TOKENS - 1)
+    edges = np.unique(middles[[int(np.argmin(np.abs(below - share))) for share in wanted]])
+    padded = np.full(RETURN_TOKENS - 1, np.inf, np.float32)
+    padded[: len(edges)] = edges
+    return padded
+
+
+def write_returns(folder: Path, first_token: int, log_prior: np.ndarray, edges: np.ndarray) -> None:
+    """Write what is needed to sample the exported conditional model: ids, edges and the return prior."""
+    finite = lambda x: [float(v) if np.isfinite(v) else None for v in x]
+    spec = {"first_token": first_token, "log_prior": finite(log_prior), "edges": finite(edges)}
+    (folder / RETURNS_FILE).write_text(json.dumps(spec, indent=1) + "\n", "utf-8")
+
+
+def deployed_policy(folder: Path, policy: Policy) -> Policy:
+    """The policy of an exported folder: the mixture over return tokens if it is a conditional model.
+
+    Args:
+      folder: of the checkpoint.
+      policy: of its weights.
+
+    Returns:
+      The policy.
+
+    Raises:
+      TrainingError: a damaged file of returns.
+    """
+    path = folder / RETURNS_FILE
+    if not path.is_file():
+        return policy
+    try:
+        spec: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        log_prior = jnp.array([-jnp.inf if v is None else v for v in spec["log_prior"]], jnp.float32)
+        tokens = int(spec["first_token"]) + jnp.arange(len(spec["log_prior"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{path}: damaged: {error}; export the model again") from error
+    return mixture(policy, tokens, log_prior)

@@ -1,0 +1,137 @@
+"""Rewards on the host: a Python function, a word list, or the likelihood under another language model."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import numbers
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kl_rl.training.errors import BadRewardValue, TrainingError
+
+__all__ = ["HostReward", "load_reward", "rewards_of"]
+
+
+class HostReward(NamedTuple):
+    """A reward with its name.
+
+    Attributes:
+      name: for messages.
+      score: ``(prompt, completion) -> finite number``, both texts; must depend on them alone, or a resumed run will
+        not equal an uninterrupted one.
+    """
+
+    name: str
+    score: Callable[[str, str], Any]
+
+
+def load_reward(spec: str) -> HostReward:
+    """Open a reward.
+
+    Args:
+      spec: ``module:function`` or ``file.py:function``, called as ``function(prompt, completion)``; a word list or
+        patterns (.json), or lines of token, tab, valence (.tsv, .txt: VADER); a Hugging Face folder with a causal
+        language model, whose log-likelihood of the completion, in nats, is the reward.
+
+    Returns:
+      The reward.
+
+    Raises:
+      TrainingError: it cannot be found or imported.
+      BadReward: a word list that cannot be used.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        from kl_rl.training.likelihood import likelihood_reward
+
+        return HostReward(spec, likelihood_reward(path))
+    if path.suffix in (".json", ".tsv", ".txt") or path.is_file():
+        from kl_rl.worlds.lexicon import load_reward as load_lexicon
+
+        lexicon = load_lexicon(path)
+        return HostReward(spec, lambda prompt, completion: lexicon.score(completion, prompt))
+    if ":" not in spec:
+        raise TrainingError(
+            f"{spec}: no such reward; give module:function, a word list (.json, .tsv, .txt) or a model folder"
+        )
+    return HostReward(spec, _function(spec))
+
+
+def _function(spec: str) -> Callable[[str, str], Any]:
+    place, _, name = spec.rpartition(":")
+    try:
+        module = _module(place)
+    except Exception as error:  # whatever the user's file does when it is imported
+        raise TrainingError(
+            f"reward {spec}: cannot import {place}: {type(error).__name__}: {error}"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise TrainingError(f"reward {spec}: {place} has no function {name!r}")
+    return function
+
+
+def _module(place: str) -> Any:
+    """A module by name, the working folder included, or by its file."""
+    if place.endswith(".py"):
+        found = importlib.util.spec_from_file_location(Path(place).stem, place)
+        assert found is not None and found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        return module
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return importlib.import_module(place)
+
+
+def _checked(reward: HostReward, prompt: str, completion: str) -> float:
+    said = f"for prompt {prompt!r:.300} and completion {completion!r:.300}"
+    try:
+        value = reward.score(prompt, completion)
+    except Exception as error:  # of the user's function
+        raise BadRewardValue(
+            f"reward {reward.name} raised {type(error).__name__}: {str(error)[:200]} {said}"
+        ) from error
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        kind = type(value).__name__
+        raise BadRewardValue(f"reward {reward.name} returned {value!r:.60} ({kind}), not a number, {said}")
+    if not math.isfinite(float(value)) or abs(float(value)) > 1e30:
+        raise BadRewardValue(f"reward {reward.name} returned {float(value)!r}, not a finite number, {said}")
+    return float(value)
+
+
+def rewards_of(
+    reward: HostReward, prompts: Sequence[str], completions: Sequence[str], *, skip: bool
+) -> np.ndarray:
+    """Score N completions.
+
+    Args:
+      reward: the function.
+      prompts: N texts.
+      completions: N texts.
+      skip: bad values become NaN instead of raising.
+
+    Returns:
+      float32 [N].
+
+    Raises:
+      BadRewardValue: naming prompt and completion.
+    """
+    values = np.empty(len(prompts), np.float32)
+    for i, pair in enumerate(zip(prompts, completions, strict=True)):
+        try:
+            values[i] = _checked(reward, *pair)
+        except BadRewardValue:
+            if not skip:
+                raise
+            values[i] = np.nan
+    return values

@@ -1,0 +1,208 @@
+"""What a run is asked to do: small frozen groups of plain values, kept in ``run.json`` and compared on resume."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from kl_rl.training.errors import TrainingError
+
+__all__ = ["Learning", "PretrainPlan", "Saving", "Settings", "Sizes", "Task"]
+
+
+def _at_least(group: Any, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and not value >= least:
+            raise TrainingError(f"--{name.replace('_', '-')} must be at least {least:g}; got {value}")
+
+
+def _positive(group: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise TrainingError(f"--{name.replace('_', '-')} must be positive and finite; got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """The problem and the method.
+
+    Attributes:
+      method: of the catalogue, or one of its friendly names.
+      base: folder of the base model.
+      prompts: file of prompts.
+      reward: see ``rewards.load_reward``.
+      beta: temperature, reward units per nat.
+      n: draws of best-of-n.
+      threshold: least reward of filtered imitation.
+      fraction: share of the base's samples kept by quantile conditioning.
+      prompt_length: cut a .txt file into prompts of this many tokens; None: its lines are the prompts.
+      num_prompts: use this many prompts at most, spread over the file; None: all.
+    """
+
+    method: str
+    base: str
+    prompts: str
+    reward: str
+    beta: float = 1.0
+    n: float = 4.0
+    threshold: float | None = None
+    fraction: float = 0.1
+    prompt_length: int | None = None
+    num_prompts: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be.
+
+        Raises:
+          TrainingError: naming the option.
+        """
+        _positive(self, "beta", "fraction")
+        _at_least(self, 1, "n", "prompt_length", "num_prompts")
+        if self.fraction > 1:
+            raise TrainingError(f"--fraction must be at most 1; got {self.fraction}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much is sampled.
+
+    Attributes:
+      steps: training steps.
+      batch: B, prompts per step.
+      num_samples: K, completions of each prompt.
+      horizon: T, longest completion, tokens.
+      held_out: prompts kept from training, to measure on.
+      eval_every: steps between two measurements; 0: only at the beginning and at the end.
+      eval_samples: completions of each held-out prompt in a measurement, of either policy.
+    """
+
+    steps: int = 200
+    batch: int = 8
+    num_samples: int = 8
+    horizon: int = 48
+    held_out: int = 8
+    eval_every: int = 0
+    eval_samples: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be.
+
+        Raises:
+          TrainingError: naming the option.
+        """
+        _at_least(self, 1, "steps", "batch", "num_samples", "horizon")
+        _at_least(self, 0, "held_out", "eval_every")
+        _at_least(self, 2, "eval_samples")
+
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """How the policy is trained.
+
+    Attributes:
+      learning_rate: peak, after a short warm-up; decays linearly to a tenth.
+      lora: rank of the adapter; 0: all weights are trained.
+      temperature: of the sampler.
+      seed: of samples, prompt order and initialization.
+      mesh: devices along ``data``, ``fsdp`` and ``tensor``.
+      compute_dtype: of matrix products.
+    """
+
+    learning_rate: float = 1e-4
+    lora: int = 0
+    temperature: float = 1.0
+    seed: int = 0
+    mesh: tuple[tuple[str, int], ...] = ()
+    compute_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be.
+
+        Raises:
+          TrainingError: naming the option.
+        """
+        _positive(self, "learning_rate", "temperature")
+        _at_least(self, 0, "lora", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """What may differ between a run and its continuation.
+
+    Attributes:
+      save_every: steps between two checkpoints.
+      on_bad_reward: "stop", or "skip": the sample is replaced by a good one of its group.
+    """
+
+    save_every: int = 20
+    on_bad_reward: str = "stop"
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be.
+
+        Raises:
+          TrainingError: naming the option.
+        """
+        _at_least(self, 1, "save_every")
+        if self.on_bad_reward not in ("stop", "skip"):
+            raise TrainingError(f"--on-bad-reward must be stop or skip; got {self.on_bad_reward}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All of it."""
+
+    task: Task
+    sizes: Sizes = Sizes()
+    learning: Learning = Learning()
+    saving: Saving = Saving()
+
+    def compared(self) -> dict[str, Any]:
+        """What a resumed run must have been asked alike, by option name; plain JSON."""
+        flat: dict[str, Any] = {}
+        for group in (self.task, self.sizes, self.learning):
+            flat |= dataclasses.asdict(group)
+        flat["mesh"] = dict(self.learning.mesh)
+        return flat
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainPlan:
+    """A small byte model and its training.
+
+    Attributes:
+      minutes: on two ordinary CPU cores; fixes the number of steps, so that a run can be repeated.
+      steps: overrides the minutes.
+      width: d.
+      layers: N.
+      heads: H, divides d.
+      context: bytes of context, the begin mark included.
+      batch: windows per step.
+      learning_rate: peak, after a linear warm-up and before a cosine decay.
+      seed: of initialization and windows.
+    """
+
+    minutes: float = 5.0
+    steps: int | None = None
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    context: int = 128
+    batch: int = 32
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be.
+
+        Raises:
+          TrainingError: naming the option.
+        """
+        _positive(self, "minutes", "learning_rate")
+        _at_least(self, 1, "steps", "width", "layers", "heads", "batch")
+        _at_least(self, 8, "context")
+        _at_least(self, 0, "seed")
+        if self.width % self.heads:
+            raise TrainingError(f"--width must be a multiple of --heads, {self.heads}; got {self.width}")

@@ -1,0 +1,389 @@
+"""Runs in this process: bit-equal resume, one copy of the base, memories, bad rewards, return tokens, checkpoints."""
+
+import dataclasses
+import errno
+import json
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_world import contents, make_world, programs_kept
+
+from kl_rl.checkpoint import Checkpoints, DamagedCheckpoint, SaveError
+from kl_rl.compare.catalogue import CATALOGUE
+from kl_rl.huggingface import load_checkpoint
+from kl_rl.rollout import score
+from kl_rl.training import (
+    BadRewardValue,
+    Learning,
+    PretrainPlan,
+    Saving,
+    Settings,
+    Sizes,
+    Stopped,
+    Task,
+    TrainingError,
+    advance,
+    make_job,
+    pretrain,
+    start,
+    train,
+)
+from kl_rl.training import memory as memories
+from kl_rl.training.job import Job
+from kl_rl.training.pretraining import planned_steps, read_text
+from kl_rl.training.prompts import order_of
+from kl_rl.training.returns import return_edges
+from kl_rl.training.rewards import HostReward
+from kl_rl.training.run import blank
+from kl_rl.trajectories import Trajectories
+
+TINY = PretrainPlan(steps=200, width=32, layers=1, heads=2, context=40, batch=16, learning_rate=5e-3)
+SIZES = Sizes(steps=4, batch=2, num_samples=4, horizon=8, held_out=2, eval_every=2, eval_samples=4)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    made = make_world(tmp_path_factory.mktemp("training"))
+    with programs_kept(made.cache):
+        made.base.mkdir()
+        result = pretrain(TINY, read_text(str(made.folder / "text.txt"), TINY.context), made.base)
+        assert result["held_out_loss"] < result["unigram_entropy"] - 0.3
+        yield made
+
+
+def asked(world, method, *, lora=0, on_bad_reward="stop", reward=None, sizes=SIZES, **learning):
+    task = Task(method, str(world.base), str(world.prompts), reward or str(world.reward), n=2.0, beta=0.5)
+    return Settings(
+        task, sizes, Learning(1e-2, lora, **learning), Saving(save_every=2, on_bad_reward=on_bad_reward)
+    )
+
+
+def stop_after(step):
+    def progress(fraction, message):
+        if message.startswith(f"step {step}:"):
+            signal.raise_signal(signal.SIGTERM)
+
+    return progress
+
+
+def fresh_folder(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    return folder
+
+
+def test_pretraining_resumes_bit_equal(world, tmp_path):
+    plan = dataclasses.replace(TINY, steps=20)
+    text = read_text(str(world.folder / "text.txt"), TINY.context)
+    whole, part = fresh_folder(tmp_path, "whole"), fresh_folder(tmp_path, "part")
+    result = pretrain(plan, text, whole)
+    with pytest.raises(Stopped) as stopped:
+        pretrain(plan, text, part, progress=lambda f, m: signal.raise_signal(signal.SIGTERM))
+    assert stopped.value.code == 143 and stopped.value.step < plan.steps
+    assert pretrain(plan, text, part) == result
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (part / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_pretraining_starts_return_tokens_at_the_begin_mark(world):
+    table = load_checkpoint(world.base / "model").weights["embed"]["table"]
+    np.testing.assert_array_equal(table[258:], np.broadcast_to(table[257], (8, table.shape[1])))
+
+
+def test_planned_steps_grow_with_the_minutes_and_stop_at_forty_passes(world):
+    config = load_checkpoint(world.base / "model").config
+    plan = dataclasses.replace(TINY, steps=None, minutes=1.0)
+    one, two = (planned_steps(dataclasses.replace(plan, minutes=m), config, 10**9) for m in (1.0, 2.0))
+    assert abs(two - 2 * one) <= 1
+    assert planned_steps(plan, config, 16 * 40) == 40
+
+
+RESUMED = ["rlhf", "best-of-n", "decision-transformer", "trajectory-balance", "ppo-lora", "rwr-logged"]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_stopped_run_resumes_bit_equal(name, world, tmp_path):
+    """Weights and files of four steps in one go, and of three, a stop, and one more in fresh objects."""
+    settings = asked(world, name.removesuffix("-lora"), lora=2 * name.endswith("-lora"))
+    whole, part = fresh_folder(tmp_path, "whole"), fresh_folder(tmp_path, "part")
+    train(settings, whole)
+    with pytest.raises(Stopped):
+        train(settings, part, progress=stop_after(3))
+    assert train(settings, part)["resumed"] == 3
+    assert contents(part) == contents(whole)
+    trained, base = (load_checkpoint(x / "model").weights for x in (whole, world.base))
+    changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), trained["layers"], base["layers"])
+    assert any(jax.tree.leaves(changed))
+
+
+def test_rows_written_after_the_checkpoint_are_cut_back(world, tmp_path):
+    """As after SIGKILL: files are ahead of the newest checkpoint, the last line in pieces."""
+    settings = asked(world, "rlhf")
+    whole, part = fresh_folder(tmp_path, "whole"), fresh_folder(tmp_path, "part")
+    train(settings, whole)
+    with pytest.raises(Stopped):
+        train(settings, part, progress=stop_after(3))
+    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
+        with open(part / name, "a") as file:
+            file.write('{"step": 4, "lo')
+    train(settings, part)
+    assert contents(part) == contents(whole)
+
+
+# A restore that fails leaves futures of orbax behind, whose complaints come when they are collected.
+FUTURES_LEFT = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@FUTURES_LEFT
+def test_a_damaged_newest_checkpoint_falls_back_with_a_warning(world, tmp_path):
+    settings, said = asked(world, "rlhf"), []
+    whole, part = fresh_folder(tmp_path, "whole"), fresh_folder(tmp_path, "part")
+    train(settings, whole)
+    with pytest.raises(Stopped):
+        train(settings, part, progress=stop_after(3))
+    largest = max((part / "checkpoints" / "3").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    assert train(settings, part, say=said.append)["resumed"] == 2
+    assert len(said) == 1 and "checkpoint 3 is damaged" in said[0]
+    assert (part / "checkpoints.damaged" / "3").is_dir()
+    assert contents(part) == contents(whole)
+
+
+@pytest.mark.parametrize("method", ["rloo", "trajectory-balance", "expert-iteration"])
+def test_an_adapter_leaves_one_copy_of_the_base(method, world):
+    """Nothing that is donated or saved is as large as the base, and the base is alive after steps."""
+    job = make_job(asked(world, method, lora=2))
+    run = start(job)
+    largest = max(x.size for x in jax.tree.leaves(job.base.params))
+    assert all(x.size < largest for x in jax.tree.leaves(run.state))
+    before = jax.tree.map(np.array, job.base.params)
+    for step in range(2):
+        run, _ = advance(job, run, step)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.array, job.base.params)))
+
+
+@pytest.mark.parametrize("name", [m.name for m in CATALOGUE])
+def test_every_method_of_the_catalogue_traces_a_step_with_host_rewards(name, world):
+    """The whole step in abstract: shapes of the run do not change, and the metrics are scalars."""
+    settings = asked(world, name, sizes=SIZES)
+    settings = dataclasses.replace(settings, task=dataclasses.replace(settings.task, threshold=0.5))
+    job = make_job(settings)
+    run = jax.eval_shape(lambda: blank_of(job))
+    batch = abstract_batch(job)
+    after, info = jax.eval_shape(
+        job.programs.step, job.base, run, job.knobs, batch, jax.ShapeDtypeStruct((), jnp.int32)
+    )
+    same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, after, run)
+    assert jax.tree.all(same)
+    assert all(x.shape == () for x in info)
+
+
+def blank_of(job):
+    return blank(job)
+
+
+def abstract_batch(job):
+    shape = (job.settings.sizes.batch, job.settings.sizes.num_samples, job.settings.sizes.horizon)
+    leaf = lambda dtype, *size: jax.ShapeDtypeStruct(size or shape, dtype)
+    prompt = leaf(jnp.int32, shape[0], job.train.ids.shape[1])
+    return Trajectories(
+        prompt, leaf(jnp.int32), *(leaf(jnp.float32) for _ in range(3)), leaf(jnp.float32, *shape[:2])
+    )
+
+
+def test_the_replay_ring_keeps_what_was_drawn_and_its_probabilities():
+    group = lambda value: Trajectories(
+        *(jnp.full((2, *size), value, jnp.float32) for size in ((3,), (2, 4), (2, 4), (2, 4), (2, 4), (2,)))
+    )
+    empty = Trajectories(*(jnp.zeros((4, *x.shape[1:])) for x in group(0.0)))
+    ring, replay = memories.Ring(empty, jnp.zeros((), jnp.int32)), memories.replay(share=0.5)
+    for value in (1.0, 2.0, 3.0):
+        batch, ring = replay.draw(ring, jax.random.key(int(value)), group(value))
+        for leaf in batch:  # a group is of one kind as a whole
+            assert bool(jnp.all(leaf.reshape(2, -1) == leaf.reshape(2, -1)[:, :1]))
+    assert sorted(set(np.asarray(ring.data.reward).ravel())) == [2.0, 3.0]
+    drawn = [replay.draw(ring, jax.random.key(i), group(9.0))[0].reward[:, 0] for i in range(400)]
+    share = np.mean(np.asarray(drawn) == 9.0)
+    assert abs(share - 0.5) < 4 * 0.5 / np.sqrt(800)
+
+
+def with_reward(job: Job, score_of) -> Job:
+    return job._replace(reward=HostReward("test", score_of))
+
+
+@pytest.mark.parametrize(
+    "bad", [float("nan"), float("inf"), "high", None, np.ones(2)], ids=["nan", "inf", "text", "none", "array"]
+)
+def test_a_bad_reward_stops_the_run_before_anything_is_used_up(bad, world):
+    job = make_job(asked(world, "rlhf"))
+    run = start(job)
+    with pytest.raises(BadRewardValue, match=r"for prompt '.* and completion '"):
+        advance(with_reward(job, lambda prompt, completion: bad), run, 0)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(run))
+
+
+def test_a_bad_sample_is_replaced_by_a_good_one_of_its_group(world):
+    """Skipping: what is learned from is exactly the good samples, and the bad ones are counted."""
+    from kl_rl.training.run import _mended
+
+    tokens = np.arange(3 * 4 * 2).reshape(3, 4, 2)
+    prompt, flat = np.arange(3)[:, None], np.ones((3, 4, 2))
+    reward = np.arange(12.0).reshape(3, 4)
+    bad = np.array([[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
+    mended = _mended(Trajectories(prompt, tokens, flat, flat, flat, reward), bad)
+    np.testing.assert_array_equal(mended.reward[0], [1, 1, 2, 2])
+    assert mended.prompt[1, 0] in (0, 2) and not np.isin(mended.reward[1], [0, 3, 4, 5, 6, 7]).any()
+    np.testing.assert_array_equal(mended.reward[2], reward[2])
+    np.testing.assert_array_equal(mended.tokens[..., 0], 2 * mended.reward)
+
+
+def test_skipping_counts_and_goes_on(world):
+    job = make_job(asked(world, "rlhf", on_bad_reward="skip"))
+
+    def fails_sometimes(prompt, completion):
+        if "a" in completion:
+            raise RuntimeError("no score")
+        return len(completion)
+
+    seen = 0
+    job, run = with_reward(job, fails_sometimes), start(job)
+    for step in range(3):
+        run, row = advance(job, run, step)
+        seen += row["skipped"]
+    assert seen > 0
+    with pytest.raises(BadRewardValue, match="every completion"):
+        advance(with_reward(job, lambda p, c: float("nan")), run, 3)
+
+
+def test_knob_and_rate_are_arguments_of_one_program(world):
+    job = make_job(asked(world, "rlhf"))
+    run = start(job)
+    for step, beta in enumerate((0.5, 0.7)):
+        knobs = job.knobs._replace(value=jnp.float32(beta), learning_rate=jnp.float32(beta / 100))
+        run, _ = advance(job._replace(knobs=knobs), run, step)
+    assert job.programs.step._cache_size() == 1
+
+
+def test_the_recorded_probability_is_the_scorers(world):
+    """The behaviour's log-probabilities equal teacher forcing, prompts padded on the right."""
+    job = make_job(asked(world, "decision-transformer"))
+    prompt = job.array(job.train.ids)
+    drawn = job.programs.draw(job.base, jax.random.key(0), prompt, None)
+    batch = Trajectories(
+        prompt, drawn.tokens, drawn.mask, jnp.ones_like(drawn.mask), drawn.log_model, drawn.mask[..., 0]
+    )
+    np.testing.assert_allclose(score(job.base, batch), drawn.log_model, atol=2e-5)
+
+
+def test_return_edges_lie_between_rewards_that_occur():
+    reward = np.array([0.0] * 50 + [1.0] * 30 + [2.0] * 15 + [5.0] * 5)
+    edges = return_edges(reward)
+    assert edges.shape == (7,) and np.all(np.diff(edges[np.isfinite(edges)]) > 0)
+    assert set(edges[np.isfinite(edges)]) <= {0.5, 1.5, 3.5}
+    assert 3.5 in edges
+    with pytest.raises(TrainingError, match="score 3"):
+        return_edges(np.full(10, 3.0))
+
+
+def test_every_prompt_comes_once_an_epoch(world):
+    job = make_job(asked(world, "rlhf"))
+    total = len(job.train.texts)
+    order = order_of(job.train, 3, seed=1)
+    index = np.concatenate([order(step) for step in range(total)])
+    for epoch in index.reshape(3, total):
+        assert sorted(epoch) == list(range(total))
+    assert not set(job.train.texts) & set(job.held_out.texts)
+
+
+def test_a_sharded_run_equals_an_unsharded_one(world, tmp_path):
+    """Two steps on two data and two model-splitting devices, to rounding; the prompts of a batch are split."""
+    plain = make_job(asked(world, "rlhf"))
+    split = make_job(
+        asked(world, "rlhf", mesh=(("data", 2), ("fsdp", 2)), sizes=dataclasses.replace(SIZES, batch=4))
+    )
+    plain = make_job(asked(world, "rlhf", sizes=dataclasses.replace(SIZES, batch=4)))
+    runs = [start(job) for job in (plain, split)]
+    for step in range(2):
+        results = [advance(job, run, step) for job, run in zip((plain, split), runs, strict=True)]
+        runs = [run for run, _ in results]
+        rows = [row for _, row in results]
+        assert rows[0]["reward"] == rows[1]["reward"]
+        assert abs(rows[0]["loss"] - rows[1]["loss"]) < 1e-5 * (1 + abs(rows[0]["loss"]))
+    params = [run.state.policy.params for run in runs]
+    for tree in params:  # its gradient is 0 but for rounding, of which Adam makes full steps
+        del tree["layers"]["key"]["bias"]
+    for a, b in zip(*map(jax.tree.leaves, params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_a_full_disk_is_said_and_the_checkpoint_before_is_intact(tmp_path, monkeypatch):
+    store, tree = Checkpoints(tmp_path / "run"), {"x": jnp.arange(1000)}
+    store.save(1, tree, {"fact": 1})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10, 10))
+    with pytest.raises(
+        SaveError, match="checkpoint 2 could not be written: the disk is full; checkpoint 1 is intact"
+    ):
+        store.save(2, tree)
+    monkeypatch.undo()
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(store._manager), "save", full)
+    with pytest.raises(SaveError, match="the disk is full"):
+        store.save(2, tree)
+    monkeypatch.undo()
+    store.close()
+    again = Checkpoints(tmp_path / "run")
+    found = again.recover(tree)
+    assert found.number == 1 and found.about == {"fact": 1} and not found.damaged
+    again.close()
+
+
+@FUTURES_LEFT
+def test_no_damage_to_a_checkpoint_goes_unnoticed(tmp_path):
+    """Each file of the newest checkpoint cut short: what is restored is the newest bit for bit, or the one before."""
+    store = Checkpoints(tmp_path / "run")
+    tree = {"x": jax.random.normal(jax.random.key(0), (300, 10)), "key": jax.random.key(7)}
+    for number in (1, 2):
+        store.save(number, tree | {"x": tree["x"] + number}, {"number": number})
+    store.close()
+    files = [p.relative_to(tmp_path / "run") for p in (tmp_path / "run" / "2").rglob("*") if p.is_file()]
+    fell_back = 0
+    for index, name in enumerate(files):
+        copy = tmp_path / f"copy{index}"
+        shutil.copytree(tmp_path / "run", copy)
+        (copy / name).write_bytes((copy / name).read_bytes()[: (copy / name).stat().st_size // 2])
+        store = Checkpoints(copy)
+        found = store.recover(tree)
+        store.close()
+        np.testing.assert_array_equal(found.tree["x"], tree["x"] + found.number)
+        assert found.about == {"number": found.number}
+        fell_back += found.number == 1
+    assert fell_back >= 3
+
+
+@FUTURES_LEFT
+def test_all_checkpoints_damaged_is_said(tmp_path):
+    store, tree = Checkpoints(tmp_path / "run"), {"x": jnp.arange(100)}
+    store.save(1, tree)
+    store.close()
+    (tmp_path / "run" / "1" / "facts" / "metadata").write_text("{")
+    store = Checkpoints(tmp_path / "run")
+    with pytest.raises(DamagedCheckpoint, match="no other checkpoint is whole"):
+        store.recover(tree)
+    store.close()
+
+
+def test_measurements_start_at_zero(world, tmp_path):
+    """Before the first step q is p0: every divergence is 0 up to rounding."""
+    folder = fresh_folder(tmp_path, "run")
+    train(asked(world, "rlhf"), folder)
+    rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert abs(rows[0]["kl"]) < 1e-5 and rows[0]["C"] < 1e-5
+    assert rows[-1]["C_lower"] <= rows[-1]["C"] <= rows[-1]["C_upper"]

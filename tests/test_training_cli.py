@@ -1,0 +1,264 @@
+"""The commands as processes: killed and resumed bit-equal, one writer per folder, bad input in one line."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from training_world import contents, make_world
+
+SIZE = (
+    "--steps", 8, "--batch", 2, "--num-samples", 4, "--horizon", 8,
+    "--held-out", 2, "--eval-every", 4, "--eval-samples", 4, "--lr", 0.01, "--quiet",
+)  # fmt: skip
+METHODS = ("best-of-n", "decision-transformer", "trajectory-balance")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    made = make_world(tmp_path_factory.mktemp("commands"))
+    result = made.kl_rl(
+        "pretrain", "--text", made.folder / "text.txt", "--out", made.base, "--steps", 40, "--width", 16,
+        "--layers", 1, "--heads", 2, "--context", 40, "--batch", 16, "--lr", 0.02, "--json", "--quiet",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["steps"] == 40 and facts["held_out_loss"] < 3.0
+    return made
+
+
+def train_command(world, out, method="rlhf", *more):
+    return (
+        "train", method, "--base", world.base, "--prompts", world.prompts, "--reward", world.reward,
+        "--beta", 0.5, "--n", 2, "--out", out, *SIZE, "--save-every", 1, *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(world):
+    """One uninterrupted run of each method, made when it is asked for."""
+    made = {}
+
+    def run(method):
+        if method not in made:
+            out = world.folder / f"whole-{method}"
+            result = world.kl_rl(*train_command(world, out, method))
+            assert result.returncode == 0, result.stderr
+            made[method] = out
+        return made[method]
+
+    return run
+
+
+def begun(world, out, method="rlhf"):
+    """A process in the middle of its run: the first rows are written."""
+    process = subprocess.Popen(
+        world.command(*train_command(world, out, method, "--resume")),
+        env=world.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    before = lines_in(out)
+    deadline = time.monotonic() + 300
+    while lines_in(out) <= before and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return process
+
+
+def lines_in(out):
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def killed_while_saving(world, out, method):
+    """SIGKILL while the folder holds an unfinished checkpoint."""
+    process = begun(world, out, method)
+    while process.poll() is None:
+        if list((out / "checkpoints").glob("*.orbax-checkpoint-tmp*")):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate()
+    return process.returncode
+
+
+def interrupted_and_resumed(world, out, method):
+    process = begun(world, out, method)
+    process.send_signal(signal.SIGTERM)
+    message = process.communicate()[1]
+    assert process.returncode == 143 and "SIGTERM: saved after step" in message and "--resume" in message
+    assert killed_while_saving(world, out, method) == -signal.SIGKILL
+    result = world.kl_rl(*train_command(world, out, method, "--resume"))
+    assert result.returncode == 0, result.stderr
+
+
+def test_sigterm_and_sigkill_while_saving_then_resume_bit_equal(world, finished, tmp_path):
+    interrupted_and_resumed(world, tmp_path / "run", "rlhf")
+    assert contents(tmp_path / "run") == contents(finished("rlhf"))
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_family_survives(method, world, finished, tmp_path):
+    interrupted_and_resumed(world, tmp_path / "run", method)
+    assert contents(tmp_path / "run") == contents(finished(method))
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment(world, finished, tmp_path):
+    """Killed at eight moments of its start and its run, each time resumed."""
+    out = tmp_path / "run"
+    for delay in (0.3, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0):
+        process = subprocess.Popen(
+            world.command(*train_command(world, out, "rlhf", "--resume")),
+            env=world.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    result = world.kl_rl(*train_command(world, out, "rlhf", "--resume"))
+    assert result.returncode == 0, result.stderr
+    assert contents(out) == contents(finished("rlhf"))
+
+
+def test_a_second_process_and_changed_settings_are_refused(world, finished, tmp_path, capsys):
+    from kl_rl.cli import main
+    from kl_rl.compare.session import opened
+
+    out = tmp_path / "run"
+    command = [str(x) for x in train_command(world, out, "rlhf")]
+    with opened(out, {"a": 1}, resume=False):
+        assert main(command) == 2
+        assert "another process is writing to this folder" in capsys.readouterr().err
+    done = [str(x) for x in train_command(world, finished("rlhf"), "rlhf")]
+    assert main(done) == 2
+    assert "already holds a run; add --resume" in capsys.readouterr().err
+    assert main([*done, "--resume", "--horizon", "9"]) == 2
+    assert "started with horizon = 8, now asked for 9" in capsys.readouterr().err
+
+
+REWARDS = """
+def raises(prompt, completion):
+    raise KeyError("nothing")
+
+def nan(prompt, completion):
+    return float("nan")
+
+def text(prompt, completion):
+    return "good"
+"""
+
+BAD = {
+    "unknown method": ({"method": "rlfh"}, "unknown method 'rlfh'; known: rlhf"),
+    "missing base": ({"--base": "nowhere"}, "nowhere: no such folder"),
+    "base without tokenizer": ({"--base": "no_tokenizer"}, "tokenizer.json: missing"),
+    "tokenizer of another model": ({"--base": "wrong_tokenizer"}, "the tokenizer has ids up to"),
+    "truncated weights": ({"--base": "truncated"}, "model.safetensors"),
+    "missing prompts": ({"--prompts": "nowhere.jsonl"}, "nowhere.jsonl: cannot be read"),
+    "malformed prompts": ({"--prompts": "bad.jsonl"}, "bad.jsonl: line 2: column"),
+    "prompt of a wrong type": ({"--prompts": "number.jsonl"}, 'number.jsonl: line 2: field "prompt"'),
+    "prompt too long": ({"--prompts": "long.jsonl"}, "long.jsonl: line 2: the prompt has 61 tokens"),
+    "unknown kind of prompts": ({"--prompts": "words.json"}, "not a known kind of data"),
+    "module that is not there": ({"--reward": "no_module:f"}, "cannot import no_module"),
+    "function that is not there": ({"--reward": "rewards.py:f"}, "has no function 'f'"),
+    "no reward": ({"--reward": "nothing"}, "give module:function"),
+    "malformed words": ({"--reward": "bad.json"}, "bad.json: line 1"),
+    "mesh": ({"--mesh": "data=2,depth=2"}, "'depth=2' is not data=N"),
+    "mesh and batch": ({"--mesh": "data=3"}, "--batch 2 cannot be split over data x fsdp = 3"),
+    "mesh and model": ({"--mesh": "tensor=4"}, "--mesh: "),
+    "beta": ({"--beta": "0"}, "--beta must be positive"),
+    "n": ({"method": "best-of-n", "--n": "5"}, "--n must be at most --num-samples = 4"),
+    "threshold": ({"method": "filter"}, "needs --threshold"),
+    "steps": ({"--steps": "-1"}, "--steps must be at least 1"),
+    "reward raises": ({"--reward": "rewards.py:raises"}, "raised KeyError: 'nothing' for prompt '"),
+    "reward is nan": ({"--reward": "rewards.py:nan"}, "returned nan, not a finite number, for prompt '"),
+    "reward is text": ({"--reward": "rewards.py:text"}, "returned 'good' (str), not a number"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_input(world):
+    """A folder of things that cannot be used."""
+    folder = world.folder / "bad"
+    folder.mkdir()
+    (folder / "rewards.py").write_text(REWARDS)
+    (folder / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (folder / "number.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+    (folder / "long.jsonl").write_text(
+        json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "x" * 60}) + "\n"
+    )
+    (folder / "bad.json").write_text("{")
+    shutil.copy(world.reward, folder / "words.json")
+    for name in ("no_tokenizer", "wrong_tokenizer", "truncated"):
+        shutil.copytree(world.base / "model", folder / name)
+    (folder / "no_tokenizer" / "tokenizer.json").unlink()
+    (folder / "no_tokenizer" / "tokenizer_config.json").unlink()
+    widen(folder / "wrong_tokenizer")
+    weights = folder / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return folder
+
+
+def widen(model):
+    """Give a model's tokenizer more ids than the model has rows."""
+    (model / "tokenizer_config.json").unlink()
+    spec = json.loads((model / "tokenizer.json").read_text())
+    spec["model"]["vocab"]["extra"] = 500
+    (model / "tokenizer.json").write_text(json.dumps(spec))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_line(name, world, bad_input, tmp_path, capsys, monkeypatch):
+    """Exit status 2, one line that names what is wrong, no traceback."""
+    from kl_rl.cli import main
+
+    monkeypatch.chdir(bad_input)
+    changes, message = BAD[name]
+    command = [str(x) for x in train_command(world, tmp_path / "run", changes.get("method", "rlhf"))]
+    for option, value in changes.items():
+        if option != "method":
+            command += [option, value]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("kl-rl train: ") and said.count("\n") == 1
+
+
+def test_short_text_and_overfull_context_are_said(world, tmp_path, capsys):
+    from kl_rl.cli import main
+
+    (tmp_path / "short.txt").write_text("too short")
+    assert main(["pretrain", "--text", str(tmp_path / "short.txt"), "--out", str(tmp_path / "x")]) == 2
+    assert "has 9 bytes" in capsys.readouterr().err
+    assert main(["sample", "--model", str(world.base), "--prompt", "x" * 38, "--max-tokens", "3"]) == 2
+    assert "there is room for 1 more, not 3" in capsys.readouterr().err
+    assert main(["sample", "--model", str(world.base), "--prompt", "x", "--chat"]) == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+def test_sample_prints_what_was_asked_for(world, capsys):
+    from kl_rl.cli import main
+
+    ask = [
+        "sample",
+        "--model",
+        str(world.base),
+        "--prompt",
+        "the ",
+        "--num",
+        "3",
+        "--max-tokens",
+        "6",
+        "--json",
+    ]
+    assert main(ask) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(row["sample"] for row in rows) == [0, 1, 2]
+    assert all(row["tokens"] <= 6 and row["log_prob"] < 0 for row in rows)
+    assert main([*ask, "--temperature", "0"]) == 0
+    greedy = {json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()}
+    assert len(greedy) == 1
+
+
+def test_help_needs_no_jax(world):
+    code = "import sys; from kl_rl.cli import build_parser; build_parser(); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([*world.command()[:1], "-c", code], check=False).returncode == 0
