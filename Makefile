@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help compare test lint types test-slow throughput clean
+.PHONY: help compare test lint types test-slow throughput engine clean
 
 help:
 	@echo "make compare      set up, run the main comparison (ARGS='--full' for the long one)"
 	@echo "make test         set up, lint, type check, default tests"
 	@echo "make test-slow    the tests marked slow"
-	@echo "make throughput   the speed benchmark"
+	@echo "make throughput   the speed of the core: many seeds, dynamic programming"
+	@echo "make engine       the speed of the language-model engine (ARGS: peers to run beside it)"
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "kl_rl needs Python >= 3.11; set PYTHON=python3.11")'
@@ -34,6 +35,9 @@ test: lint types
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+engine: $(STAMP)
+	$(BIN)/python benchmarks/engine.py $(ARGS)
 
 throughput: $(STAMP)
 	$(BIN)/python benchmarks/throughput.py $(ARGS)

@@ -5,12 +5,14 @@ python benchmarks/engine.py --torch-python VENV/bin/python --tunix-python VENV/b
   --torch-python  an interpreter with torch, transformers and trl;  --tunix-python  one with google-tunix
   --peers         the folder with trl_rl.py, trl_dpo.py, tunix_rl.py, torch_step.py and peer_common.py
   --rounds N      steps of each that count (default 15);  --only rl dpo decode train
+  --passive       peers' threads sleep instead of spinning while they wait (OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0):
+                  spinning threads cost a peer several times its speed on a busy machine
   --json          append a line to benchmarks/results/engine.jsonl
 
 Every program has a process of its own, takes a step when it is asked and is stopped in between, so that all of them
-meet the same machine. The first steps (compilation) are not counted. A ratio is the peer's wall time over ours, round by round; the table has its
-median and, in brackets, its least and greatest value. CPU is user and system time of all threads. Peers run as they
-are, with two threads and otherwise their own settings.
+meet the same machine. The first steps (compilation) are not counted. A ratio is the peer's wall time over ours, round
+by round; the table has its median and, in brackets, its least and greatest value. CPU is user and system time of all
+threads. Peers run as they are, with two threads and otherwise their own settings.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import datetime
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -60,6 +63,7 @@ class Config:
     train_parts: int = 8
     retain: bool = True  # our side: kl_rl.cli.allocator, as the commands do
     threads: int = 2
+    passive: bool = False  # peers: waiting threads sleep; otherwise their default, which is to spin
     warmup: int = 2
     seed: int = 0
 
@@ -100,10 +104,11 @@ RACES = (
 )
 
 
-def environment(folder: str) -> dict[str, str]:
+def environment(config: Config, folder: str) -> dict[str, str]:
     """CPU only, and everything that is written goes into a folder that is removed."""
     paths = {"TMPDIR": folder, "XDG_CACHE_HOME": folder}
-    return {**os.environ, **paths, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    waiting = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"} if config.passive else {}
+    return {**os.environ, **paths, **waiting, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def peer_command(config: Config, peer: Peer, python: str, folder: str, steps: int) -> list[str]:
@@ -164,7 +169,7 @@ def run_race(
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as ends:
 
         def start(command: list[str]) -> Stepper:
-            stepper = Stepper(command, environment(scratch), warmup=config.warmup)
+            stepper = Stepper(command, environment(config, scratch), warmup=config.warmup)
             ends.callback(stepper.kill)
             return stepper
 
@@ -224,8 +229,8 @@ def pin(threads: int) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
-def main(config: Config | None = None) -> None:
-    config = config or Config()
+def main() -> None:
+    config = Config()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
     )
@@ -234,8 +239,11 @@ def main(config: Config | None = None) -> None:
     parser.add_argument("--peers", metavar="FOLDER", default="")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="+", choices=[r.name for r in RACES], default=[r.name for r in RACES])
+    parser.add_argument("--passive", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the processes that were started
+    config = dataclasses.replace(config, passive=args.passive)
     pythons = {kind: getattr(args, f"{kind}_python") for kind in ("torch", "tunix")}
     pythons = {kind: path for kind, path in pythons.items() if path}
     folder = str(Path(args.peers).resolve()) if args.peers else ""

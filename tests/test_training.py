@@ -102,7 +102,8 @@ def test_planned_steps_grow_with_the_minutes_and_stop_at_forty_passes(world):
     assert planned_steps(plan, config, 16 * 40) == 40
 
 
-RESUMED = ["rlhf", "best-of-n", "decision-transformer", "trajectory-balance", "ppo-lora", "rwr-logged"]
+RESUMED = ["rlhf", "best-of-n", "decision-transformer", "trajectory-balance"]
+RESUMED += [pytest.param(name, marks=pytest.mark.slow) for name in ("ppo-lora", "rwr-logged")]
 
 
 @pytest.mark.parametrize("name", RESUMED)

@@ -19,7 +19,7 @@ CHECKPOINTS = "checkpoints"
 
 
 class Position(NamedTuple):
-    """Where a run stands."""
+    """Where a run stands: steps done, its arrays, and what is kept about them."""
 
     step: int
     tree: Any
@@ -136,5 +136,5 @@ def run_steps(
 
 
 def to_stderr(message: str) -> None:
-    """For ``say``."""
+    """A line on standard error, for ``say``."""
     print(message, file=sys.stderr, flush=True)

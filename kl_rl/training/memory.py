@@ -42,7 +42,7 @@ class Memory(NamedTuple):
 
 
 def fresh() -> Memory:
-    """Nothing is kept."""
+    """Fresh samples at every step; nothing is kept between steps."""
     return Memory(0, True, lambda kept, key, batch: (batch, kept))
 
 

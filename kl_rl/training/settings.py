@@ -152,7 +152,7 @@ class Saving:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All of it."""
+    """All that decides what a run does: task, sizes, learning, saving."""
 
     task: Task
     sizes: Sizes = Sizes()

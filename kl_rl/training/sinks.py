@@ -13,7 +13,7 @@ __all__ = ["Sink", "tensorboard_sink", "tracking_sink"]
 
 
 class Sink(Protocol):
-    """Takes numbers."""
+    """Takes the numbers of a step: one outside reporter."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of one step, by name."""
