@@ -86,11 +86,8 @@ def test_scanned_layers_change_rounding_only(name):
 
 
 TRANSFORMS = {
-    "temperature": Transform(temperature=0.7),
     "greedy": Transform(temperature=0.0),
-    "top-k": Transform(top_k=4),
     "top-p": Transform(top_p=0.6),
-    "lengths": Transform(min_length=3, force_end=True),
     "all": Transform(temperature=1.5, top_k=9, top_p=0.8, min_length=2, force_end=True),
 }
 

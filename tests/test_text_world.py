@@ -20,7 +20,7 @@ from kl_rl.worlds.text_base import BasePlan, held_out_loss, load_or_train
 from kl_rl.worlds.text_reward import BadReward, TextReward
 
 SMALL = TextPlan(
-    minutes=0.02, horizon=12, width=16, layers=1, steps=30, num_samples=32, num_tuned=512, num_base=768,
+    minutes=0.02, horizon=12, width=16, layers=1, steps=60, num_samples=32, num_tuned=512, num_base=768,
     learning_rate=1e-2,
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import gc
 import json
 import shutil
 import signal
@@ -152,6 +153,7 @@ def test_a_damaged_newest_checkpoint_falls_back_with_a_warning(world, tmp_path):
     assert len(said) == 1 and "checkpoint 3 is damaged" in said[0]
     assert (part / "checkpoints.damaged" / "3").is_dir()
     assert contents(part) == contents(whole)
+    gc.collect()  # what orbax leaves behind a failed read complains here, not in somebody else's test
 
 
 @pytest.mark.parametrize("method", ["rloo", "trajectory-balance", "expert-iteration"])
@@ -366,6 +368,7 @@ def test_no_damage_to_a_checkpoint_goes_unnoticed(tmp_path):
         assert found.about == {"number": found.number}
         fell_back += found.number == 1
     assert fell_back >= 3
+    gc.collect()  # what orbax leaves behind a failed read complains here, not in somebody else's test
 
 
 @FUTURES_LEFT
@@ -378,6 +381,7 @@ def test_all_checkpoints_damaged_is_said(tmp_path):
     with pytest.raises(DamagedCheckpoint, match="no other checkpoint is whole"):
         store.recover(tree)
     store.close()
+    gc.collect()  # what orbax leaves behind a failed read complains here, not in somebody else's test
 
 
 def test_measurements_start_at_zero(world, tmp_path):

@@ -45,8 +45,9 @@ def row_attention(
       [B, S, H, D].
     """
     plain = layout is None and not isinstance(window, jax.Array)
+    library = config.attention.softcap is None and query.dtype != jnp.float64  # its softmax is in float32
     how: Any = execution.attention
-    if config.attention.softcap is None and plain:
+    if library and plain:
         return jax.nn.dot_product_attention(
             query, key, value, scale=config.query_scale, is_causal=True,
             local_window_size=None if window is None else (window - 1, 0), implementation=how,
@@ -56,7 +57,7 @@ def row_attention(
         index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None], shape)
         layout = Layout(index, jnp.ones_like(index))
     seen = visible(layout, layout, window)
-    if config.attention.softcap is None:
+    if library:
         return jax.nn.dot_product_attention(
             query,
             key,
