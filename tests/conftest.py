@@ -21,6 +21,14 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture
+def compile_quickly():
+    """Half the compile time, for tests in which nothing depends on how good the machine code is."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 class Tiny:
     """A world of 27 strings with four reward levels, a random full-table base, and a few return tokens."""
 

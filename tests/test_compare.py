@@ -106,7 +106,8 @@ def test_resume_makes_exactly_the_rows_that_are_missing(finished, world_file):
 
 def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(world_file, tmp_path):
     out = tmp_path / "run"
-    args = ["--world", str(world_file), "--methods", "filter", "rwr", "dpo", "ipo", "--out", str(out), *FAST]
+    asked = ["filter", "rwr", "dpo", "ipo", "rloo", "grpo", "vargrad-logged"]  # enough to be in the middle of
+    args = ["--world", str(world_file), "--methods", *asked, "--out", str(out), *FAST]
     process = subprocess.Popen(
         [sys.executable, "-m", "kl_rl", "compare", *args],
         stdout=subprocess.DEVNULL,
@@ -127,7 +128,7 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(world_file, tmp_path):
     again = kl_rl("compare", *args, "--resume")
     assert again.returncode == 0, again.stderr
     counted = [(r["method"], r["knob_value"], r["seed"]) for r in rows_of(out)]
-    assert len(counted) == len(set(counted)) and {"filter", "rwr", "dpo", "ipo"} <= {c[0] for c in counted}
+    assert len(counted) == len(set(counted)) and set(asked) <= {c[0] for c in counted}
 
 
 BAD = {

@@ -104,12 +104,7 @@ QUICK = {  # the default tests: every family once, both models, four meshes
 }
 
 
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    """Half the compile time; nothing here depends on how good the machine code is."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def problem(name, config, execution):

@@ -3,8 +3,9 @@
 from kl_rl.models.config import Attention, DecoderConfig, Execution, FeedForward, Norm, Rotary
 from kl_rl.models.decoder import decoder_policy, forward, packed_log_probs
 from kl_rl.models.lora import lora_policy, merge_lora
+from kl_rl.models.small import small_config, small_policy, small_twist, tie_extra_rows
 from kl_rl.models.tables import constant_twist, table_from_law, table_policy, table_twist
-from kl_rl.models.transformer import small_config, tie_extra_tokens, transformer_policy, transformer_twist
+from kl_rl.models.transformer import Transformer, tie_extra_tokens, transformer_policy, transformer_twist
 from kl_rl.models.twist import decoder_twist
 from kl_rl.models.weights import Decoder, count_parameters, init_weights, weight_shapes
 
@@ -16,6 +17,7 @@ __all__ = [
     "FeedForward",
     "Norm",
     "Rotary",
+    "Transformer",
     "constant_twist",
     "count_parameters",
     "decoder_policy",
@@ -26,9 +28,12 @@ __all__ = [
     "merge_lora",
     "packed_log_probs",
     "small_config",
+    "small_policy",
+    "small_twist",
     "table_from_law",
     "table_policy",
     "table_twist",
+    "tie_extra_rows",
     "tie_extra_tokens",
     "transformer_policy",
     "transformer_twist",

@@ -122,7 +122,7 @@ def _optimizer(total: Any, rate: Any) -> optax.GradientTransformation:
 
 
 def _untrained(corpus: Corpus, plan: BasePlan) -> Policy:
-    return models.transformer_policy(
+    return models.small_policy(
         jax.random.key(plan.seed),
         len(corpus.alphabet),
         extra=1 + RETURN_TOKENS,
@@ -175,7 +175,7 @@ def train_base(corpus: Corpus, plan: BasePlan | None = None, progress: Progress 
         best = min(best, (loss, policy), key=lambda pair: pair[0])
         done = (index + 1) / _CHUNKS
         progress(done, f"base model: {loss:.3f} nats per character on held-out text (unigram {unigram:.3f})")
-    tied = models.tie_extra_tokens(best[1], corpus.begin)
+    tied = models.tie_extra_rows(best[1], corpus.begin)
     return TextBase(tied, best[0], unigram, steps, time.perf_counter() - started)
 
 

@@ -84,7 +84,7 @@ def _twist(problem: TextProblem) -> Policy:
     plan = problem.plan
     context = problem.prompt.shape[1] + plan.horizon + 1
     options = {"extra": 1 + RETURN_TOKENS, "context": context, "width": max(8, plan.width // 2), "layers": 1}
-    return models.transformer_twist(jax.random.key(7), problem.corpus.begin, **options)
+    return models.small_twist(jax.random.key(7), problem.corpus.begin, **options)
 
 
 class _Program(NamedTuple):
