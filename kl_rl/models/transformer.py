@@ -1,4 +1,4 @@
-"""The transformer of the enumerable worlds, in flax.nnx: few and small operations, since hundreds of copies run at once.
+"""The transformer of the enumerable worlds, in flax.nnx: few and small operations, since many copies run at once.
 
 Inputs are ``[prompt, tokens]``; the prompt has at least one token (a begin mark, or a return token in its
 place), so that row t of the output depends on the prompt and on ``tokens[:t]`` only.
