@@ -204,13 +204,11 @@ def run(args: argparse.Namespace) -> int:
     Returns:
       0, or 1 if the run was interrupted (what was finished is on disk and in the report).
     """
-    from kl_rl.cli.allocator import retain_freed_memory
     from kl_rl.cli.cache import use_cache
     from kl_rl.cli.progress import live_progress
 
     _positive(args)
     folder = Path(args.out) if args.out else Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
-    retain_freed_memory()
     use_cache()
     started = time.monotonic()
     with live_progress() as progress:
