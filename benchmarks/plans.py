@@ -2,7 +2,7 @@
 
 python benchmarks/plans.py            # prints the plans; --json adds lines to benchmarks/results/plans.jsonl
 python benchmarks/plans.py --only 1b  # one of them
-Needs libtpu (pip install 'kl-rl[tpu]'); each plan compiles for one to three minutes on an idle machine.
+Needs libtpu (pip install 'kl-rl[tpu]'); each plan compiles for some minutes.
 """
 
 from __future__ import annotations

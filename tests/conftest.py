@@ -23,7 +23,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture
 def compile_quickly():
-    """Half the compile time, for tests in which nothing depends on how good the machine code is."""
+    """Less compile time, for tests in which nothing depends on how good the machine code is."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -22,7 +22,7 @@ examples:
   kl-rl plan --model tiny --topology cpu:8 --mesh data=2,fsdp=2,tensor=2 --batch 8 --prompt 16 --horizon 16
       simulated devices; works without libtpu
 
-TPU topologies need libtpu: pip install 'kl-rl[tpu]'. Compiling takes one to three minutes.
+TPU topologies need libtpu: pip install 'kl-rl[tpu]'. Compiling takes some minutes.
 
 exit status: 0 if it fits, 1 if it does not, 2 for bad input."""
 

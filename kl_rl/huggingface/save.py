@@ -155,7 +155,7 @@ def save_checkpoint(
     dtype: str | None = None,
     max_shard_bytes: float = 5e9,
 ) -> None:
-    """Write a folder that transformers and vLLM open, whole or not at all.
+    """Write a folder that transformers opens, whole or not at all.
 
     With ``like`` the same files are written in the same order with the same types: where the weights have not changed
     they are the same bytes. Without it, or if the architecture has other tensors, files are laid out as transformers

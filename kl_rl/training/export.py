@@ -17,7 +17,7 @@ __all__ = ["export"]
 
 
 def export(job: Job, run: Run, folder: Path) -> None:
-    """Write what was learned so that transformers, vLLM and ``kl-rl sample`` open it.
+    """Write what was learned so that transformers and ``kl-rl sample`` open it.
 
     Args:
       job: the run's fixed parts.

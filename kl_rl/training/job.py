@@ -96,7 +96,8 @@ def make_job(settings: Settings) -> Job:
       TrainingError, DataError, BadReward: for input that cannot be used.
     """
     chosen = choose(settings)
-    execution = Execution(compute_dtype=settings.learning.compute_dtype)
+    whole_heads = dict(settings.learning.mesh).get("tensor", 1) == 1
+    execution = Execution(compute_dtype=settings.learning.compute_dtype, fuse=whole_heads)
     reward = load_reward(settings.task.reward)
     model = load_model(settings.task.base, execution)
     if chosen.returns:
