@@ -183,11 +183,27 @@ class _MixtureApply:
         component = jax.vmap(lambda p: self.inner(params.params, p, tokens))(prompts)
         log_probs = numerics.safe_log_softmax(component)  # [R, ..., T, V]
         chosen = jnp.take_along_axis(log_probs, tokens[None, ..., None].astype(jnp.int32), axis=-1)[..., 0]
-        before = jnp.concatenate([jnp.zeros_like(chosen[..., :1]), chosen[..., :-1]], axis=-1)
-        past = jnp.cumsum(before, axis=-1)  # log q(y_<t | R), -inf once R is excluded
-        prior = params.log_prior.reshape((-1,) + (1,) * tokens.ndim)
-        weight = numerics.safe_log_softmax(prior + past, axis=0)
-        return jax.nn.logsumexp(weight[..., None] + log_probs, axis=0)
+        return jax.nn.logsumexp(_component_weight(params, chosen)[..., None] + log_probs, axis=0)
+
+
+def _component_weight(params: Mixture, chosen: jax.Array) -> jax.Array:
+    """``log q(R | x, y_<t)`` from ``log q(y_t | R, x, y_<t)``; [R, ..., T] -> [R, ..., T]."""
+    before = jnp.concatenate([jnp.zeros_like(chosen[..., :1]), chosen[..., :-1]], axis=-1)
+    past = jnp.cumsum(before, axis=-1)  # log q(y_<t | R), -inf once R is excluded
+    prior = params.log_prior.reshape((-1,) + (1,) * (chosen.ndim - 1))
+    return numerics.safe_log_softmax(prior + past, axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MixtureScorer:
+    """One component after the other, so that no more logits exist at a time than for one policy."""
+
+    inner: Callable[..., jax.Array]
+
+    def __call__(self, params: Mixture, prompt: jax.Array, tokens: jax.Array) -> jax.Array:
+        prompts = _with_first_token(prompt, params.first_token)
+        chosen = jax.lax.map(lambda p: self.inner(params.params, p, tokens), prompts)  # [R, P, K, T]
+        return jax.nn.logsumexp(_component_weight(params, chosen) + chosen, axis=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,4 +284,7 @@ def mixture(policy: Policy, first_token: jax.Array, log_prior: jax.Array) -> Pol
             None if parts.gather is None else _MixtureGather(parts),
             None if parts.prepare is None else _MixturePrepare(parts),
         )
-    return Policy(Mixture(policy.weights, log_prior, first_token), _MixtureApply(policy.apply), decoder)
+    scorer = None if policy.scorer is None else _MixtureScorer(policy.scorer)
+    return Policy(
+        Mixture(policy.weights, log_prior, first_token), _MixtureApply(policy.apply), decoder, scorer
+    )

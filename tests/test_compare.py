@@ -14,7 +14,7 @@ from kl_rl.compare import matched
 from kl_rl.compare.catalogue import CATALOGUE, methods_named
 from kl_rl.compare.main import frontier_price
 from kl_rl.compare.reference import best_of_n_law
-from kl_rl.compare.session import OutputError, Session
+from kl_rl.session import OutputError, Session
 
 WORLD = {
     "name": "small",

@@ -185,8 +185,11 @@ def test_mixtures_and_adapters_keep_the_contract():
         drawn = jax.jit(
             lambda p: generate(p, jax.random.key(0), jnp.full((2, 1), 31), num_samples=K, horizon=T)
         )(policy)
-        scored = jax.jit(score)(policy, trajectories(jnp.full((2, 1), 31), drawn))
+        batch = trajectories(jnp.full((2, 1), 31), drawn)
+        scored = jax.jit(score)(policy, batch)
         np.testing.assert_allclose(drawn.log_model, scored, atol=BOUND["float32"], rtol=0)
+        plain = jax.jit(score)(dataclasses.replace(policy, scorer=None), batch)
+        np.testing.assert_allclose(plain, scored, atol=BOUND["float32"], rtol=0)
 
 
 def test_policies_without_a_decoder_sample_from_the_same_law():

@@ -21,7 +21,7 @@ LAYERS = {
     2: "algorithm families fit pretrain".split(),
     3: "exact flows dynamic".split(),
     4: "budget calibration scores queries sbc".split(),
-    5: "models worlds sharding checkpoint oracle huggingface tokenizer data training plan compare cli".split()
+    5: "models worlds sharding checkpoint oracle huggingface tokenizer data session training plan compare cli".split()
     + ["__main__", "__init__"],
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

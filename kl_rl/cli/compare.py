@@ -100,7 +100,8 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 
 def _run_world(args: argparse.Namespace, folder: Path, progress) -> dict[str, Any]:
-    from kl_rl.compare import main, session, tabular
+    from kl_rl import session
+    from kl_rl.compare import main, tabular
     from kl_rl.compare.catalogue import methods_named
     from kl_rl.compare.extras import measure_extras
     from kl_rl.compare.problem import check_world
@@ -125,7 +126,8 @@ def _run_world(args: argparse.Namespace, folder: Path, progress) -> dict[str, An
 
 
 def _run_text(args: argparse.Namespace, folder: Path, progress) -> dict[str, Any]:
-    from kl_rl.compare import main, session, text
+    from kl_rl import session
+    from kl_rl.compare import main, text
 
     plan = text.TextPlan()
     plan = plan._replace(minutes=args.minutes or plan.minutes, steps=args.steps or plan.steps)
@@ -214,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
     with live_progress() as progress:
         data = (_run_world if args.text is None else _run_text)(args, folder, progress)
     if args.json:
-        from kl_rl.compare.rows import clean
+        from kl_rl.session import clean
 
         kept = {k: v for k, v in data.items() if k not in ("rows", "curves")}
         print(json.dumps(clean(kept), allow_nan=False))

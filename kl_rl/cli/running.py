@@ -24,7 +24,7 @@ def held(folder: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[No
     Raises:
       OutputError: held by another process, of another run, or not to be written.
     """
-    from kl_rl.compare.session import opened, provenance, write_atomically
+    from kl_rl.session import opened, provenance, write_atomically
 
     with opened(folder, json.loads(json.dumps(settings)), resume=resume):
         if not (folder / "provenance.json").exists():

@@ -21,8 +21,8 @@ EXAMPLES = """\
 methods: rlhf (= rloo), ppo, grpo, best-of-n, filter, reward-weighted, decision-transformer, trajectory-balance,
   vargrad, path-consistency, dpo, ipo, ... and all names of `kl-rl compare --methods`; an unknown name lists them
 rewards: module:function or file.py:function, called as function(prompt, completion) -> number; a word list or patterns
-  (.json); lines of token, tab, valence (.tsv, .txt); a folder with a causal language model, whose log-likelihood of the
-  completion is the reward (nats)
+  (.json); lines of token, tab, valence (.tsv, .txt); a Hugging Face folder: a reward model
+  (sequence classification with one label), or a causal language model, whose log-likelihood is the reward (nats)
 prompts: .jsonl or .parquet with a field "prompt" (or "messages", "prompt_tokens"); .txt: a prompt on each line, or
   pieces of --prompt-length tokens
 
@@ -188,7 +188,7 @@ def _sparse(live: Any, steps: int) -> Any:
 
 def _print(args: argparse.Namespace, folder: Path, result: dict[str, Any], seconds: float) -> None:
     if args.json:
-        from kl_rl.compare.rows import clean
+        from kl_rl.session import clean
 
         print(json.dumps(clean(result), allow_nan=False))
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +13,7 @@ from kl_rl.budget import Budget, budget
 from kl_rl.compare.problem import Problem
 from kl_rl.exact import Levels
 
-__all__ = ["clean", "exact_budgets", "sampled_interval"]
+__all__ = ["exact_budgets", "sampled_interval"]
 
 
 @jax.jit
@@ -99,14 +98,3 @@ def sampled_interval(
         "C_fwd_lower": measured.C_fwd.lower,
         "C_fwd_upper": measured.C_fwd.upper,
     }
-
-
-def clean(value: Any) -> Any:
-    """Plain JSON values, at any depth; non-finite numbers become null (infinite or undefined)."""
-    if isinstance(value, dict):
-        return {key: clean(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(inner) for inner in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -129,11 +129,16 @@ def expert_iteration(
     def frozen_policy(state: State, posterior: Posterior) -> Policy:
         return state.extra.policy
 
-    extra = Extra(lambda policy: Frozen(jax.tree.map(jnp.copy, policy), jnp.zeros((), jnp.int32)), renew)
+    def first(policy: Policy) -> Frozen:
+        own = policy.with_params(
+            jax.tree.map(jnp.copy, policy.params)
+        )  # the base under an adapter stays shared
+        return Frozen(own, jnp.zeros((), jnp.int32))
+
     return gradient_algorithm(
         _best_of_n_loss(n),
         optimizer=optimizer,
         behaviour=frozen_policy,
-        extra=extra,
+        extra=Extra(first, renew),
         min_samples=_draws_needed(n),
     )

@@ -11,7 +11,7 @@ import math
 import jax
 from jax.sharding import AxisType
 
-__all__ = ["BATCH_AXES", "split_batch", "whole_rows"]
+__all__ = ["BATCH_AXES", "local_rows", "split_batch", "vocabulary_is_split", "whole_rows"]
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes that rows of a batch are split over
 
@@ -23,6 +23,24 @@ def _sizes() -> dict[str, int]:
     return {name: size for name, size, kind in named if kind == AxisType.Auto}
 
 
+def _batch_axes() -> tuple[tuple[str, ...], int]:
+    """Those that rows are split over, and into how many parts."""
+    sizes = _sizes()
+    axes = tuple(axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1)
+    return axes, math.prod(sizes[axis] for axis in axes)
+
+
+def local_rows(rows: int) -> int:
+    """How many of so many rows are on each device."""
+    parts = _batch_axes()[1]
+    return rows if rows % parts else rows // parts
+
+
+def vocabulary_is_split() -> bool:
+    """Whether each device has only some columns of the logits."""
+    return _sizes().get("tensor", 1) > 1
+
+
 def split_batch(x: jax.Array) -> jax.Array:
     """Split the leading axis over data and fsdp, where the mesh in context has them and they divide it.
 
@@ -32,9 +50,8 @@ def split_batch(x: jax.Array) -> jax.Array:
     Returns:
       The same values.
     """
-    sizes = _sizes()
-    axes = tuple(axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1)
-    if not axes or x.shape[0] % math.prod(sizes[axis] for axis in axes):
+    axes, parts = _batch_axes()
+    if not axes or x.shape[0] % parts:
         return x
     return jax.lax.with_sharding_constraint(x, jax.P(axes))
 

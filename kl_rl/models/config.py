@@ -202,8 +202,9 @@ class Execution:
       remat: recompute each layer in the backward pass instead of keeping its activations.
       attention: "xla", "cudnn" or None (what ``jax.nn.dot_product_attention`` chooses).
       fuse: queries, keys and values as one matrix product; not where heads are split over devices.
-      chunk_rows: token positions whose logits exist at a time.
-      chunk_vocab: vocabulary entries whose logits exist at a time.
+      chunk_rows: token positions whose logits exist at a time on a device.
+      chunk_vocab: vocabulary entries whose logits exist at a time; where the vocabulary is split over devices, each
+        takes its share at once.
     """
 
     compute_dtype: str = "float32"

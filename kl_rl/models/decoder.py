@@ -22,7 +22,7 @@ from kl_rl.models.positions import Layout, last_index, layout_of, packed_layout
 from kl_rl.models.shared import completion_hidden, embed
 from kl_rl.policy import Decoder, Policy
 
-__all__ = ["decoder_policy", "forward", "hidden_states", "packed_log_probs"]
+__all__ = ["decoder_policy", "forward", "hidden_states", "last_hidden", "packed_log_probs"]
 
 Weights = Any
 
@@ -56,6 +56,14 @@ def hidden_states(
 def forward(config: DecoderConfig, execution: Execution, weights: Weights, ids: jax.Array) -> jax.Array:
     """Next-token logits of whole rows; ids below 0 are padding; row s predicts id s + 1; [B, S] -> [B, S, V]."""
     return logits_of(config, weights, hidden_states(config, execution, weights, ids, layout_of(ids)))
+
+
+def last_hidden(
+    config: DecoderConfig, weights: Weights, ids: jax.Array, execution: Execution | None = None
+) -> jax.Array:
+    """Hidden state of the last token of each row, after the final norm; ids below 0 are padding; [B, S] -> [B, d]."""
+    hidden = hidden_states(config, execution or Execution(), weights, ids, layout_of(ids))
+    return jnp.take_along_axis(hidden, last_index(ids)[:, None, None], axis=1)[:, 0]
 
 
 def packed_log_probs(

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kl_rl.models.activations import local_rows, vocabulary_is_split
 from kl_rl.models.config import DecoderConfig, Execution
 
 __all__ = ["logits_of", "token_log_probs_of"]
@@ -44,7 +45,7 @@ def _log_probs(
     """Log-probabilities of one chunk of positions; hidden [B, t, d], target [B, t] -> [B, t]."""
     matrix, axis = _matrix(config, weights)
     size = execution.chunk_vocab
-    if config.vocab <= size:
+    if config.vocab <= size or vocabulary_is_split():
         logits = logits_of(config, weights, hidden)
         chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
@@ -74,7 +75,8 @@ def token_log_probs_of(
 
     Args:
       config: vocabulary, soft-cap, tied or not.
-      execution: chunk sizes; logits exist for about ``chunk_rows`` positions and ``chunk_vocab`` entries at a time.
+      execution: chunk sizes; on each device logits exist for about ``chunk_rows`` positions and ``chunk_vocab`` entries
+        (the device's share of them, where the vocabulary is split) at a time.
       weights: of the model.
       hidden: after the final norm; [B, T, d].
       target: token ids; [B, T].
@@ -83,10 +85,11 @@ def token_log_probs_of(
       float32 or better; [B, T].
     """
     rows, length = target.shape
+    here = local_rows(rows)
     one = functools.partial(_log_probs, config, execution)
-    if rows * length * config.vocab <= execution.chunk_rows * execution.chunk_vocab:
+    if here * length * config.vocab <= execution.chunk_rows * execution.chunk_vocab:
         return one(weights, hidden, target)
-    size = min(length, max(1, execution.chunk_rows // rows))
+    size = min(length, max(1, execution.chunk_rows // here))
     padding = -length % size
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     target = jnp.pad(target, ((0, 0), (0, padding)))

@@ -22,7 +22,6 @@ from kl_rl.policy import Policy
 from kl_rl.posterior import Posterior, Tilt
 from kl_rl.rollout import sample
 from kl_rl.sharding import jit_step, replicated, shardings
-from kl_rl.sharding.rules import axis_size
 from kl_rl.trajectories import Trajectories
 
 __all__ = ["Problem", "build", "lower_sampling", "lower_update", "placed"]
@@ -58,11 +57,10 @@ def placed(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(with_sharding, tree, where)
 
 
-def plan_execution(config: DecoderConfig, mesh: Mesh) -> Execution:
+def plan_execution(config: DecoderConfig) -> Execution:
     """Bfloat16, scanned and rematerialized layers; logits of 512 positions on each device at a time, all entries."""
-    rows = 512 * axis_size(mesh, "batch")
     return Execution(
-        "bfloat16", scan_layers=True, remat=True, chunk_rows=rows, chunk_vocab=config.vocab, fuse=False
+        "bfloat16", scan_layers=True, remat=True, chunk_rows=512, chunk_vocab=config.vocab, fuse=False
     )
 
 
@@ -104,7 +102,7 @@ def build(config: DecoderConfig, setting: Setting, mesh: Mesh) -> Problem:
     Returns:
       The problem.
     """
-    execution = plan_execution(config, mesh)
+    execution = plan_execution(config)
     method, optimizer = METHODS[setting.method], optax.adamw(1e-5)
     shape_of = lambda dtype: jax.eval_shape(lambda: init_weights(jax.random.key(0), config, dtype))
     base_weights = shape_of(BASE_DTYPE)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from kl_rl.compare.rows import clean
+from kl_rl.session import clean
 
 __all__ = ["Journal"]
 

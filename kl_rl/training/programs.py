@@ -165,6 +165,18 @@ def _score(policy: Policy, prompt: jax.Array, tokens: jax.Array, mask: jax.Array
     return jnp.sum(score(policy, batch), axis=-1)
 
 
+def _within(mesh: Mesh | None, program: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls with the mesh in context, so that the models' hints about activations act."""
+    if mesh is None:
+        return program
+
+    def call(*args: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return program(*args)
+
+    return call
+
+
 @functools.lru_cache(maxsize=16)
 def make_programs(plan: Plan) -> Programs:
     """Everything that is compiled for a run.
@@ -209,11 +221,11 @@ def make_programs(plan: Plan) -> Programs:
 
     draw = functools.partial(_draw, num_samples=sizes.num_samples, horizon=sizes.horizon, stop=plan.stop)
     return Programs(
-        begin=jax.jit(begin),
-        step=jax.jit(step, donate_argnums=1),
+        begin=_within(mesh, jax.jit(begin)),
+        step=_within(mesh, jax.jit(step, donate_argnums=1)),
         behaviour=behaviour,
         deployed=deployed,
         trained=lambda base, run: attach(run.state, base.params).policy,
-        draw=draw,
-        score=_score,
+        draw=_within(mesh, draw),
+        score=_within(mesh, _score),
     )

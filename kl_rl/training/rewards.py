@@ -1,4 +1,4 @@
-"""Rewards on the host: a Python function, a word list, or the likelihood under another language model."""
+"""Rewards on the host: a Python function, a word list, or another model."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def load_reward(spec: str) -> HostReward:
 
     Args:
       spec: ``module:function`` or ``file.py:function``, called as ``function(prompt, completion)``; a word list or
-        patterns (.json), or lines of token, tab, valence (.tsv, .txt: VADER); a Hugging Face folder with a causal
-        language model, whose log-likelihood of the completion, in nats, is the reward.
+        patterns (.json), or lines of token, tab, valence (.tsv, .txt: VADER); a Hugging Face folder: a reward model
+        (sequence classification with one label), or a causal language model, whose log-likelihood of the completion,
+        in nats, is the reward.
 
     Returns:
       The reward.
@@ -49,9 +50,9 @@ def load_reward(spec: str) -> HostReward:
     """
     path = Path(spec).expanduser()
     if path.is_dir():
-        from kl_rl.training.likelihood import likelihood_reward
+        from kl_rl.training.model_rewards import model_reward
 
-        return HostReward(spec, likelihood_reward(path))
+        return HostReward(spec, model_reward(path))
     if path.suffix in (".json", ".tsv", ".txt") or path.is_file():
         from kl_rl.worlds.lexicon import load_reward as load_lexicon
 

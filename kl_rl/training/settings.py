@@ -160,11 +160,14 @@ class Settings:
     saving: Saving = Saving()
 
     def compared(self) -> dict[str, Any]:
-        """What a resumed run must have been asked alike, by option name; plain JSON."""
+        """What a resumed run must have been asked alike, by option name; plain JSON.
+
+        The mesh may change: the checkpoint is restored onto the new one, and what follows is equal to rounding.
+        """
         flat: dict[str, Any] = {}
         for group in (self.task, self.sizes, self.learning):
             flat |= dataclasses.asdict(group)
-        flat["mesh"] = dict(self.learning.mesh)
+        del flat["mesh"]
         return flat
 
 

@@ -6,6 +6,7 @@ Run with transformers and torch installed, from anywhere; everything is seeded:
 
 Each folder holds what transformers writes (config.json, safetensors, in one case a tokenizer) and ``expected.npz``:
 ``ids`` [rows, S] (-1: padding on the left), ``logits`` [rows, S, V] in float32, and the versions that made them.
+``reward_models`` holds sequence classifiers with one label, and ``rewards`` [rows] in place of the logits.
 """
 
 from __future__ import annotations
@@ -72,10 +73,12 @@ CHAT_TEMPLATE = (
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why <b>?</b>"}]
 
 
-def random_model(config: transformers.PreTrainedConfig, seed: int) -> torch.nn.Module:
+def random_model(
+    config: transformers.PreTrainedConfig, seed: int, kind: type = transformers.AutoModelForCausalLM
+) -> torch.nn.Module:
     """A model whose every parameter, biases and norms included, is away from its default."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = kind.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
@@ -166,11 +169,35 @@ def make(name: str, seed: int) -> None:
     np.savez_compressed(folder / "expected.npz", ids=ids, logits=expected_logits(folder, ids), **versions)
 
 
+def make_reward_model(name: str, seed: int) -> None:
+    """A sequence classifier, and what it answers for unpadded rows and, where there is a tokenizer, for texts."""
+    folder = HERE / "reward_models" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    spec = CASES[name].to_dict() | {"num_labels": 1}
+    config = type(CASES[name]).from_dict(spec)
+    model = random_model(config, seed, transformers.AutoModelForSequenceClassification)
+    model.save_pretrained(folder)
+    ids = np.maximum(input_rows(config.vocab_size, seed), 0)
+    answer = lambda rows: model(torch.tensor(rows)).logits[:, 0].detach().numpy()
+    expected = {"ids": ids, "rewards": np.concatenate([answer(row[None]) for row in ids])}
+    if name == "qwen3":
+        add_tokenizer(folder)
+        (folder / "expected_tokenizer.json").unlink()
+        fast = transformers.AutoTokenizer.from_pretrained(folder)
+        rows = [np.array(fast.encode(text))[None] for text in SENTENCES]
+        expected |= {"texts": np.array(SENTENCES), "text_rewards": np.concatenate([answer(r) for r in rows])}
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    np.savez_compressed(folder / "expected.npz", **expected, **versions)
+
+
 def main() -> None:
     """All of them, or those named."""
     for seed, name in enumerate(CASES):
         if len(sys.argv) == 1 or name in sys.argv[1:]:
             make(name, seed)
+    for seed, name in enumerate(("gpt2", "qwen3", "gemma3")):
+        if len(sys.argv) == 1 or f"reward_models/{name}" in sys.argv[1:]:
+            make_reward_model(name, seed)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -14,14 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from kl_rl.compare.rows import clean
-
-__all__ = ["OutputError", "Session", "provenance", "write_atomically"]
+__all__ = ["OutputError", "Session", "clean", "opened", "provenance", "write_atomically"]
 
 
 class OutputError(ValueError):
     """The output folder cannot be used; the message says why and what to do."""
+
+
+def clean(value: Any) -> Any:
+    """Plain JSON values, at any depth; non-finite numbers become null (infinite or undefined)."""
+    if isinstance(value, dict):
+        return {key: clean(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(inner) for inner in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def provenance() -> dict[str, Any]:
