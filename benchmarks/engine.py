@@ -61,6 +61,7 @@ class Config:
     rl_parts: int = 1  # our side: parts of the batch whose gradients are added up
     dpo_parts: int = 4
     train_parts: int = 8
+    devices: int = 2  # our side: CPU devices that rows are split over, one a core
     retain: bool = True  # our side: kl_rl.cli.allocator, as the commands do
     threads: int = 2
     passive: bool = False  # peers: waiting threads sleep; otherwise their default, which is to spin

@@ -47,6 +47,17 @@ def _base(config: Config, vocab: int):
     return shape, decoder_policy(shape, init_weights(jax.random.key(config.seed), shape))
 
 
+def _split(config: Config) -> tuple[Any, Callable[[Any], Any]]:
+    """The mesh, one device a core, and how arrays are split over it by row."""
+    import jax
+
+    from kl_rl.sharding import make_mesh
+
+    mesh = make_mesh(data=config.devices)
+    rows = jax.NamedSharding(mesh, jax.P("data"))
+    return mesh, lambda array: jax.device_put(array, rows)
+
+
 def _in_parts(make: Any, optimizer: Any, parts: int):
     from kl_rl.sharding import accumulated
 
@@ -65,7 +76,10 @@ def rl(config: Config) -> Program:
 
     import kl_rl
 
+    from kl_rl.sharding import jit_step, place
+
     _, base = _base(config, config.vocab)
+    mesh, rows = _split(config)
     algorithm = _in_parts(kl_rl.reinforce, optax.adamw(config.rl_rate), config.rl_parts)
     posterior = kl_rl.Posterior(base, kl_rl.Tilt(config.beta))
     prompts = _prompts(config, config.batch // config.group)
@@ -76,20 +90,21 @@ def rl(config: Config) -> Program:
     def step(run, posterior, prompt):
         return kl_rl.advance(algorithm, run, posterior, source(prompt), num_steps=1)
 
-    own = base.with_params(jax.tree.map(jnp.copy, base.params))  # the run is donated, the base is not
-    run = kl_rl.start(algorithm, own, posterior, source(jnp.asarray(next(prompts))), jax.random.key(1))
-    return _carried(jax.jit(step, donate_argnums=0), run, lambda: (posterior, next(prompts)))
+    run = kl_rl.start(algorithm, base, posterior, source(jnp.asarray(next(prompts))), jax.random.key(1))
+    run, posterior = place((run, posterior), mesh)  # copies: the run is donated, the base is not
+    return _carried(jit_step(step, run, mesh), run, lambda: (posterior, rows(next(prompts))))
 
 
 def dpo(config: Config) -> Program:
     """Score pairs under base and policy, update the policy."""
-    import jax
-    import jax.numpy as jnp
     import optax
 
     import kl_rl
 
+    from kl_rl.sharding import jit_step, place, place_batch
+
     _, base = _base(config, config.vocab)
+    mesh, _ = _split(config)
     algorithm = _in_parts(kl_rl.dpo, optax.adamw(config.rl_rate), config.dpo_parts)
     posterior = kl_rl.Posterior(base, kl_rl.Tilt(config.dpo_beta))
     prompts, rng = _prompts(config, config.batch), np.random.default_rng(config.seed)
@@ -98,10 +113,10 @@ def dpo(config: Config) -> Program:
 
     def batch():
         tokens = rng.integers(0, 256, ones.shape).astype(np.int32)
-        return kl_rl.Trajectories(next(prompts), tokens, ones, ones, -ones, reward)
+        return place_batch(kl_rl.Trajectories(next(prompts), tokens, ones, ones, -ones, reward), mesh)
 
-    state = algorithm.init(base.with_params(jax.tree.map(jnp.copy, base.params)))
-    return _carried(jax.jit(algorithm.step, donate_argnums=0), state, lambda: (posterior, batch()))
+    state, posterior = place((algorithm.init(base), posterior), mesh)
+    return _carried(jit_step(algorithm.step, state, mesh), state, lambda: (posterior, batch()))
 
 
 def decode(config: Config) -> Program:
@@ -111,13 +126,21 @@ def decode(config: Config) -> Program:
     import jax
 
     import kl_rl
+    from kl_rl.sharding import place
 
     _, policy = _base(config, config.bytes)
+    mesh, rows = _split(config)
     prompts, seeds = _prompts(config, config.decode_batch), itertools.count()
     draw = jax.jit(
         lambda policy, key, prompt: kl_rl.generate(policy, key, prompt, num_samples=1, horizon=config.new)
     )
-    return lambda: draw(policy, jax.random.key(next(seeds)), next(prompts))
+    policy = place(policy, mesh)
+
+    def call():
+        with jax.set_mesh(mesh):
+            return draw(policy, jax.random.key(next(seeds)), rows(next(prompts)))
+
+    return call
 
 
 def train(config: Config) -> Program:
@@ -127,8 +150,10 @@ def train(config: Config) -> Program:
     import optax
 
     from kl_rl.models import Execution, packed_log_probs
+    from kl_rl.sharding import jit_step, place
 
     shape, policy = _base(config, config.bytes)
+    mesh, split = _split(config)
     optimizer, rng = optax.adamw(config.train_rate, weight_decay=0.01), np.random.default_rng(config.seed)
 
     def loss(weights, ids):
@@ -136,7 +161,9 @@ def train(config: Config) -> Program:
 
     def step(carried, ids):
         weights, state = carried
-        parts = ids.reshape(config.train_parts, -1, ids.shape[-1])
+        parts = jnp.moveaxis(
+            ids.reshape(-1, config.train_parts, ids.shape[-1]), 1, 0
+        )  # rows stay where they are
         if config.train_parts == 1:
             value, grads = jax.value_and_grad(loss)(weights, parts[0])
         else:
@@ -149,8 +176,8 @@ def train(config: Config) -> Program:
 
     rows = (config.batch, config.train_length + 1)
     ids = lambda: rng.integers(0, config.bytes, rows).astype(np.int32)
-    carried = (policy.params, optimizer.init(policy.params))
-    return _carried(jax.jit(step, donate_argnums=0), carried, lambda: (ids(),))
+    carried = place((policy.params, optimizer.init(policy.params)), mesh)
+    return _carried(jit_step(step, carried, mesh), carried, lambda: (split(ids()),))
 
 
 def _carried(step: Any, carried: Any, inputs: Callable[[], tuple]) -> Program:
@@ -187,9 +214,11 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from kl_rl.cli.allocator import retain_freed_memory
+    from kl_rl.sharding import split_cpu
 
     if config.retain:
         retain_freed_memory()
+    split_cpu(config.devices)
     import jax
 
     from kl_rl.cli.cache import use_cache

@@ -110,21 +110,37 @@ def fork_attention(
     wide = jnp.promote_types(query.dtype, jnp.float32)
     turned = jnp.moveaxis(query.reshape(rows, length, groups, per_group, head_dim), 1, 3) * config.query_scale
     own = turned.reshape(rows, groups, per_group * length, head_dim)  # [P K, G, R Q, D]
-    together = jnp.swapaxes(own.reshape(prompts, samples, *own.shape[1:]), 1, 2)  # [P, G, K, R Q, D]
-    together = together.reshape(prompts, groups, samples * per_group * length, head_dim)
-    of_prompt = jnp.einsum("pgmd,pgld->pgml", together, prompt_key, preferred_element_type=wide)
-    of_prompt = of_prompt.reshape(prompts, groups, samples, per_group, length, size)
+
+    def together(x: jax.Array) -> jax.Array:
+        """[P K, G, R Q, ...] -> [P, G, K, R Q, ...]: the rows of a prompt side by side."""
+        return jnp.swapaxes(x.reshape(prompts, samples, *x.shape[1:]), 1, 2)
+
+    def apart(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x, 1, 2).reshape(rows, *x.shape[1:2], *x.shape[3:])
+
+    def masked(scores: jax.Array, seen: jax.Array) -> jax.Array:
+        """Scores [P, G, K, R, Q, S], seen [P, Q, S]; hidden ones as low as can be."""
+        capped = _cap(scores, config.attention.softcap)
+        return jnp.where(seen[:, None, None, None], capped, jnp.finfo(wide).min)
+
+    split = (prompts, groups, samples, per_group, length)
+    flat = together(own).reshape(prompts, groups, -1, head_dim)
+    of_prompt = jnp.einsum("pgmd,pgld->pgml", flat, prompt_key, preferred_element_type=wide)
     of_own = jnp.einsum("bgmd,bgsd->bgms", own, key, preferred_element_type=wide)
-    of_own = jnp.swapaxes(of_own.reshape(prompts, samples, groups, per_group, length, key.shape[2]), 1, 2)
-    scores = _cap(jnp.concatenate([of_prompt, of_own], axis=-1), config.attention.softcap)
-    visible = jnp.concatenate([prompt_seen, seen], axis=-1)[:, None, None, None]
-    scores = jnp.where(visible, scores, jnp.finfo(wide).min)
-    weight = jax.nn.softmax(scores, axis=-1).astype(value.dtype)  # [P, G, K, R, Q, L + S]
-    shared = weight[..., :size].reshape(prompts, groups, samples * per_group * length, size)
-    out = jnp.einsum("pgml,pgld->pgmd", shared, prompt_value)
-    out = jnp.swapaxes(out.reshape(prompts, groups, samples, per_group * length, head_dim), 1, 2).reshape(
-        own.shape
-    )
-    alone = jnp.swapaxes(weight[..., size:], 1, 2).reshape(rows, groups, per_group * length, key.shape[2])
-    out += jnp.einsum("bgms,bgsd->bgmd", alone, value)
+    of_prompt = masked(of_prompt.reshape(*split, size), prompt_seen)
+    of_own = masked(together(of_own).reshape(*split, -1), seen)
+    # One softmax over both parts, without putting them side by side.
+    highest = jnp.max(of_own, axis=-1, keepdims=True)
+    if size:
+        highest = jnp.maximum(highest, jnp.max(of_prompt, axis=-1, keepdims=True))
+    highest = jax.lax.stop_gradient(highest)
+    of_prompt, of_own = jnp.exp(of_prompt - highest), jnp.exp(of_own - highest)
+    total = jnp.sum(of_prompt, axis=-1) + jnp.sum(of_own, axis=-1)  # [P, G, K, R, Q]
+    shared = of_prompt.reshape(*flat.shape[:-1], size).astype(value.dtype)
+    alone = apart(of_own.reshape(prompts, groups, samples, per_group * length, -1)).astype(value.dtype)
+    out = jnp.einsum("pgml,pgld->pgmd", shared, prompt_value, preferred_element_type=wide)
+    out = apart(out.reshape(prompts, groups, samples, per_group * length, head_dim))
+    out += jnp.einsum("bgms,bgsd->bgmd", alone, value, preferred_element_type=wide)
+    out /= apart(total.reshape(prompts, groups, samples, per_group * length, 1))
+    out = out.astype(query.dtype)
     return jnp.moveaxis(out.reshape(rows, groups, per_group, length, head_dim), 3, 1).reshape(query.shape)

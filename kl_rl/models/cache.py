@@ -121,7 +121,7 @@ class Advance:
         """Logits of the token after ``token``, and the cache with it."""
         rows = token.shape[0]
         here = cache.length + cache.filled  # [P]
-        positions = jnp.repeat(here, rows // here.shape[0], total_repeat_length=rows)
+        positions = jnp.broadcast_to(here[:, None], (here.shape[0], rows // here.shape[0])).reshape(-1)
         x = embed(self.config, self.execution, weights, token, positions)
         pair = zip(cache.prompt, cache.own, strict=True)
         extras = (cache.prompt, cache.own) if self.execution.scan_layers else list(pair)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
 
-__all__ = ["AXES", "make_mesh"]
+__all__ = ["AXES", "make_mesh", "split_cpu"]
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -41,3 +42,26 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequenc
             f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {count} devices; there are {len(devices)}"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=list(devices)[:count])
+
+
+def split_cpu(count: int) -> None:
+    """Let the CPU be several devices, before anything is computed; GPUs and TPUs are left as they are.
+
+    A program for one CPU device uses other cores inside large matrix products only. Over a mesh with ``data`` as large
+    as the number of cores each core has rows of its own, which decoding, made of small operations, needs.
+
+    Args:
+      count: of CPU devices.
+
+    Raises:
+      ValueError: if computations have begun, and there are fewer.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return  # the user has said how many
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        if len(jax.devices("cpu")) < count:
+            raise ValueError(
+                f"the CPU must be split into {count} devices before the first computation"
+            ) from error
