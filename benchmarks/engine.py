@@ -58,7 +58,7 @@ class Config:
     dpo_beta: float = 0.1
     rl_rate: float = 1e-4
     train_rate: float = 3e-4
-    rl_parts: int = 1  # our side: parts of the batch whose gradients are added up
+    rl_parts: int = 2  # our side: parts of the batch whose gradients are added up
     dpo_parts: int = 4
     train_parts: int = 8
     devices: int = 2  # our side: CPU devices that rows are split over, one a core

@@ -75,7 +75,6 @@ def rl(config: Config) -> Program:
     import optax
 
     import kl_rl
-
     from kl_rl.sharding import jit_step, place
 
     _, base = _base(config, config.vocab)
@@ -100,7 +99,6 @@ def dpo(config: Config) -> Program:
     import optax
 
     import kl_rl
-
     from kl_rl.sharding import jit_step, place, place_batch
 
     _, base = _base(config, config.vocab)

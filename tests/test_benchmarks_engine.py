@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-TINY = {"layers": 1, "width": 8, "heads": 2, "context": 16, "prompt": 3, "new": 4, "batch": 4, "group": 2}
+TINY = {"layers": 1, "width": 8, "heads": 2, "context": 16, "prompt": 3, "new": 4, "batch": 64, "group": 8}
 TINY |= {"decode_batch": 2, "train_length": 6, "dpo_parts": 1, "train_parts": 2}
 COMMON = """
 import argparse, json, time

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -76,7 +77,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", metavar="DIR", required=True, help="output folder")
     for name, kind, metavar, text in OPTIONS:
         parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
-    parser.add_argument("--mesh", metavar="AXES", default="", help="devices, such as data=2,fsdp=4,tensor=1")
+    parser.add_argument(
+        "--mesh", metavar="AXES", default="",
+        help="devices, such as data=2,fsdp=4,tensor=1; on a CPU data=N gives each of N cores its own rows",
+    )  # fmt: skip
     parser.add_argument(
         "--compute-dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products"
     )
@@ -144,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
     from kl_rl.cli.cache import use_cache
     from kl_rl.cli.progress import live_progress
     from kl_rl.cli.running import held, said_how_to_resume
+    from kl_rl.sharding import split_cpu
     from kl_rl.training.methods import choose
     from kl_rl.training.model import fingerprint, model_folder
     from kl_rl.training.train import train
@@ -151,6 +156,8 @@ def run(args: argparse.Namespace) -> int:
     settings, folder = _settings(args), Path(args.out)
     choose(settings)
     retain_freed_memory()
+    if settings.learning.mesh:
+        split_cpu(math.prod(dict(settings.learning.mesh).values()))
     use_cache()
     task = settings.task
     inputs = {name: fingerprint(getattr(task, name)) for name in ("prompts", "reward")}
