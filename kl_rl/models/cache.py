@@ -95,19 +95,18 @@ class Gather:
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """``weights -> weights``: projections fused and kernels in the compute dtype, once instead of at every token."""
+    """``weights -> weights``: projections fused, matrices in the compute dtype, once instead of at every token."""
 
     config: DecoderConfig
     execution: Execution
 
     def __call__(self, weights: Any) -> Any:
-        """The weights as ``Advance`` likes them best."""
+        """The weights as ``Advance`` likes them best; it computes the same numbers from them."""
         dtype = jnp.dtype(self.execution.compute_dtype)
+        matrices = ("kernel", "table", "lora_a", "lora_b")
+        narrow = lambda path, leaf: leaf.astype(dtype) if path[-1].key in matrices else leaf
         stacked = fuse(self.config, weights["layers"]) if self.execution.fuse else weights["layers"]
-        narrow = (
-            lambda path, leaf: leaf.astype(dtype) if path[-1].key in ("kernel", "lora_a", "lora_b") else leaf
-        )
-        return weights | {"layers": jax.tree_util.tree_map_with_path(narrow, stacked)}
+        return jax.tree_util.tree_map_with_path(narrow, weights | {"layers": stacked})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,7 @@ def lora_policy(
     """A policy that starts equal to ``base`` and trains a low-rank adapter only.
 
     Args:
-      base: from ``decoder_policy``; its arrays are shared, not copied.
+      base: from ``decoder_policy`` (its decoder prepares weights); its arrays are shared, not copied.
       key: PRNG key.
       rank: r.
       alpha: the adapter is scaled by alpha / r; alpha = r if None.
@@ -98,7 +98,11 @@ def lora_policy(
     scale = 1.0 if alpha is None else alpha / rank
     adapt = lambda function: None if function is None else _Adapted(function, scale)
     decoder = base.decoder and Decoder(
-        _Adapted(base.decoder.init, scale), _Adapted(base.decoder.step, scale), *base.decoder[2:4]
+        _Adapted(base.decoder.init, scale),
+        base.decoder.step,  # of weights that have been prepared: the adapter is in its place
+        base.decoder.fork,
+        base.decoder.gather,
+        adapt(base.decoder.prepare),
     )
     return Policy(adapter, _Adapted(base.apply, scale), decoder, adapt(base.scorer), shared=weights)
 
