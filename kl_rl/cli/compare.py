@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kl_rl.cli.parsing import Subparsers, add_command
+
 if TYPE_CHECKING:
     from kl_rl.compare.runner import Plan
 
@@ -33,14 +35,15 @@ Ctrl-C keeps what is finished and still writes the report.
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the sub-command to the parser of ``kl-rl``."""
-    parser = subparsers.add_parser(
+def add_parser(subparsers: Subparsers) -> None:
+    """Add ``compare`` to the commands."""
+    parser = add_command(
+        subparsers,
+        run,
         "compare",
-        help="fine-tune one base model by every family and say what each lost",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "fine-tune one base model by every family and say what each lost",
+        DESCRIPTION,
+        EXAMPLES,
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -71,7 +74,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", metavar="DIR", help="output folder")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
-    parser.set_defaults(run=run)
 
 
 def _positive(args: argparse.Namespace) -> None:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from kl_rl.cli.parsing import Subparsers, add_command
+
 if TYPE_CHECKING:
     from kl_rl.worlds.world import World
 
@@ -49,22 +51,9 @@ _MAX_LEVELS, _NEGLIGIBLE = 30, 1e-3
 _LAWS = ("reward_distribution_p0", "reward_distribution_pstar")
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Add the `exact` command to a parser's subcommands; its default `run` is the function of that name.
-
-    Args:
-      subparsers: from `ArgumentParser.add_subparsers`.
-
-    Returns:
-      The new parser.
-    """
-    parser = subparsers.add_parser(
-        "exact",
-        help="exact posteriors of a small world",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_parser(subparsers: Subparsers) -> None:
+    """Add ``exact`` to the commands."""
+    parser = add_command(subparsers, run, "exact", "exact posteriors of a small world", _DESCRIPTION, _EPILOG)
     parser.add_argument("world", metavar="W.json", nargs="?", help='the world; "-": standard input')
     parser.add_argument(
         "--beta", type=_temperature, nargs="+", metavar="B", help="temperatures > 0, reward units per nat"
@@ -77,8 +66,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         default="auto",
         help="enumerate all strings, or dynamic programming (dp), or auto: enumerate up to 2**20 strings",
     )
-    parser.set_defaults(run=run)
-    return parser
 
 
 def _temperature(text: str) -> float:

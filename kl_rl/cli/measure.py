@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from kl_rl.calibration import Bounded, Budget, calibration_budget
+from kl_rl.cli.parsing import Subparsers, add_command
 from kl_rl.estimate import Estimate
 from kl_rl.samples import BadSamples, Samples, read_samples
 
@@ -50,21 +51,15 @@ _ROWS = (
 )
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Add the `measure` command to a parser's subcommands; its default `run` is the function of that name.
-
-    Args:
-        subparsers: from `ArgumentParser.add_subparsers`.
-
-    Returns:
-        The new parser.
-    """
-    parser = subparsers.add_parser(
+def add_parser(subparsers: Subparsers) -> None:
+    """Add ``measure`` to the commands."""
+    parser = add_command(
+        subparsers,
+        run,
         "measure",
-        help="calibration loss of a fine-tune from log-probabilities alone",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "calibration loss of a fine-tune from log-probabilities alone",
+        _DESCRIPTION,
+        _EPILOG,
     )
     parser.add_argument(
         "samples", metavar="samples.jsonl", help='samples of the tuned model; "-": standard input'
@@ -87,8 +82,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument(
         "--plot", metavar="FILE.png", help="write a scatter plot of log q/p0 against the reward"
     )
-    parser.set_defaults(run=run)
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,8 @@ import json
 import os
 import re
 
+from kl_rl.cli.parsing import Subparsers, add_command
+
 __all__ = ["add_parser", "run"]
 
 _DESCRIPTION = """\
@@ -27,21 +29,15 @@ TPU topologies need libtpu: pip install 'kl-rl[tpu]'. Compiling takes some minut
 exit status: 0 if it fits, 1 if it does not, 2 for bad input."""
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Add the `plan` command to a parser's subcommands.
-
-    Args:
-        subparsers: from `ArgumentParser.add_subparsers`.
-
-    Returns:
-        The new parser.
-    """
-    parser = subparsers.add_parser(
+def add_parser(subparsers: Subparsers) -> None:
+    """Add ``plan`` to the commands."""
+    parser = add_command(
+        subparsers,
+        run,
         "plan",
-        help="does a training step fit on these devices? compiled ahead of time, without them",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "does a training step fit on these devices? compiled ahead of time, without them",
+        _DESCRIPTION,
+        _EPILOG,
     )
     add = parser.add_argument
     add("--model", required=True, metavar="CONFIG", help="config.json, its folder, or a preset: tiny, 1b, 7b")
@@ -60,8 +56,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         help="twist: a head on the frozen base (default), or a trained model of its own",
     )
     add("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.set_defaults(run=run)
-    return parser
 
 
 def _prepare(topology: str) -> None:

@@ -7,7 +7,8 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
+
+from kl_rl.cli.parsing import Subparsers, add_command
 
 __all__ = ["add_parser", "run"]
 
@@ -23,14 +24,10 @@ examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the sub-command to the parser of ``kl-rl``."""
-    parser = subparsers.add_parser(
-        "pretrain",
-        help="make a small byte model from a text",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def add_parser(subparsers: Subparsers) -> None:
+    """Add ``pretrain`` to the commands."""
+    parser = add_command(
+        subparsers, run, "pretrain", "make a small byte model from a text", DESCRIPTION, EXAMPLES
     )
     parser.add_argument("--text", metavar="FILE", required=True, help="the text; its bytes are learned")
     parser.add_argument("--out", metavar="DIR", required=True, help="output folder")
@@ -49,7 +46,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,8 @@ import json
 import sys
 from typing import Any
 
+from kl_rl.cli.parsing import Subparsers, add_command
+
 __all__ = ["add_parser", "run"]
 
 EXAMPLES = """\
@@ -17,14 +19,15 @@ examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the sub-command to the parser of ``kl-rl``."""
-    parser = subparsers.add_parser(
+def add_parser(subparsers: Subparsers) -> None:
+    """Add ``sample`` to the commands."""
+    parser = add_command(
+        subparsers,
+        run,
         "sample",
-        help="let a model write",
-        description="Sample completions of a prompt; each is printed as soon as it ends.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "let a model write",
+        "Sample completions of a prompt; each is printed as soon as it ends.",
+        EXAMPLES,
     )
     parser.add_argument(
         "--model", metavar="DIR", required=True, help="Hugging Face folder, or output of a run"
@@ -40,7 +43,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--top-p", type=float, metavar="P", help="only the most probable tokens with mass P")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--json", action="store_true", help="one JSON object per completion")
-    parser.set_defaults(run=run)
 
 
 def _ids(args: argparse.Namespace, tokenizer: Any) -> list[int]:

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kl_rl.cli.parsing import Subparsers, add_command
+
 __all__ = ["add_parser", "run"]
 
 DESCRIPTION = """\
@@ -56,14 +58,10 @@ OPTIONS: tuple[tuple[str, Any, str, str], ...] = (
 )
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the sub-command to the parser of ``kl-rl``."""
-    parser = subparsers.add_parser(
-        "train",
-        help="fine-tune a language model by any method",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def add_parser(subparsers: Subparsers) -> None:
+    """Add ``train`` to the commands."""
+    parser = add_command(
+        subparsers, run, "train", "fine-tune a language model by any method", DESCRIPTION, EXAMPLES
     )
     parser.add_argument("method", metavar="METHOD", help="see below")
     parser.add_argument(
@@ -95,7 +93,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--trackio", metavar="PROJECT", help="report to trackio")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the last measurement as one JSON object")
-    parser.set_defaults(run=run)
 
 
 def _mesh_axes(text: str) -> tuple[tuple[str, int], ...]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from kl_rl.models.attention import fork_attention, heads_first, row_attention
 from kl_rl.models.config import DecoderConfig, Execution
 from kl_rl.models.head import logits_of
-from kl_rl.models.layers import fuse, normalize, rotations, run_layers
+from kl_rl.models.layers import fuse, normalize, rotations, run_layers, unstack
 from kl_rl.models.positions import Layout, last_index, layout_of, visible
 from kl_rl.models.shared import embed
 
@@ -95,7 +95,11 @@ class Gather:
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """``weights -> weights``: projections fused, matrices in the compute dtype, once instead of at every token."""
+    """``weights -> weights``: what would otherwise be done at every token, once.
+
+    Projections are fused, matrices are in the compute dtype, and layers that are not scanned are taken apart: slices of
+    a stack would be copied in every turn of the loop. This costs one copy of the weights in the compute dtype.
+    """
 
     config: DecoderConfig
     execution: Execution
@@ -106,7 +110,10 @@ class Prepare:
         matrices = ("kernel", "table", "lora_a", "lora_b")
         narrow = lambda path, leaf: leaf.astype(dtype) if path[-1].key in matrices else leaf
         stacked = fuse(self.config, weights["layers"]) if self.execution.fuse else weights["layers"]
-        return jax.tree_util.tree_map_with_path(narrow, weights | {"layers": stacked})
+        ready = jax.tree_util.tree_map_with_path(narrow, weights | {"layers": stacked})
+        if not self.execution.scan_layers:
+            ready["layers"] = unstack(ready["layers"], self.config.layers)
+        return ready
 
 
 @dataclasses.dataclass(frozen=True)

@@ -160,7 +160,7 @@ def run_layers(
     Args:
       config: the architecture.
       execution: scanned or unrolled, rematerialized or not.
-      stacked: weights with a leading layer axis.
+      stacked: weights with a leading layer axis, or a list of each layer's (fused already, not to be scanned).
       x: residual stream; [..., d].
       angles: from ``rotations``.
       attend: ``(window, query, key, value, extra) -> (out, kept)``; the window is an int, None, or traced.
@@ -170,7 +170,9 @@ def run_layers(
       The residual stream, and what was kept: a list, or stacked if the layers are scanned.
     """
     windows = config.windows
-    stacked = fuse(config, stacked) if execution.fuse else stacked
+    if not isinstance(stacked, list):
+        stacked = fuse(config, stacked) if execution.fuse else stacked
+        stacked = stacked if execution.scan_layers else unstack(stacked, config.layers)
 
     def body(x, weights, window, angle, extra):
         x = split_batch(x)
@@ -179,7 +181,7 @@ def run_layers(
     if not execution.scan_layers:
         kept = []
         one = jax.checkpoint(body, static_argnums=(2,)) if execution.remat else body
-        for i, weights in enumerate(unstack(stacked, config.layers)):
+        for i, weights in enumerate(stacked):
             angle = angles[0 if windows[i] is None else 1]
             x, held = one(x, weights, windows[i], angle, None if extras is None else extras[i])
             kept.append(held)
