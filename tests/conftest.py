@@ -22,8 +22,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture
-def compile_quickly():
-    """Less compile time, for tests in which nothing depends on how good the machine code is."""
+def compile_quickly(request):
+    """Less compile time, for tests in which nothing depends on how good the machine code is (mark: optimized)."""
+    if request.node.get_closest_marker("optimized"):
+        yield
+        return
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -27,6 +27,8 @@ from kl_rl.models import (
 )
 from kl_rl.rollout import prefix_values
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 PROMPT = jnp.array([[-1, 3, 5], [1, 2, 4]], jnp.int32)
 
 
@@ -38,6 +40,7 @@ def batch_of(num_samples=2, horizon=5, vocab=31):
     )
 
 
+@pytest.mark.optimized
 def test_no_array_of_all_logits_exists():
     """Training and scoring with a vocabulary of 50 000: temporaries stay far below one [B, T, V] array of logits."""
     config = DecoderConfig.gpt2(50_000, width=16, layers=1, heads=2, context=64)
@@ -154,6 +157,7 @@ def test_a_twist_on_the_frozen_base_trains_its_head_only():
     )
 
 
+@pytest.mark.optimized
 def test_rematerialization_keeps_less():
     config = DecoderConfig.gpt2(64, width=64, layers=6, heads=2, context=128)
     shapes = jax.eval_shape(lambda: init_weights(jax.random.key(0), config))

@@ -17,6 +17,8 @@ from kl_rl.policy import Policy
 from kl_rl.posterior import Posterior, Threshold, Tilt
 from kl_rl.rollout import rollout
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 BETA = 0.8
 SGD = optax.sgd(1.0)
 

@@ -19,6 +19,8 @@ from kl_rl.oracle import as_numpyro
 from kl_rl.posterior import Posterior
 from kl_rl.sharding import make_mesh, place
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def trained(name, tiny, run, base, num_steps):
     make, evidence, _, _ = METHODS[name]

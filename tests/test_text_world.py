@@ -19,6 +19,8 @@ from kl_rl.worlds.text import BadText, load_text, make_corpus
 from kl_rl.worlds.text_base import BasePlan, held_out_loss, load_or_train
 from kl_rl.worlds.text_reward import BadReward, TextReward
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SMALL = TextPlan(
     minutes=0.02, horizon=12, width=16, layers=1, steps=60, num_samples=32, num_tuned=512, num_base=768,
     learning_rate=1e-2,

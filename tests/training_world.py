@@ -26,13 +26,13 @@ class World(NamedTuple):
 
     @property
     def environment(self) -> dict[str, str]:
-        """For subprocesses: one device, the shared cache of programs."""
+        """For subprocesses: one device, the shared cache of programs, which are compiled quickly."""
         kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         cache = {
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        return kept | cache | {"JAX_PLATFORMS": "cpu"}
+        return kept | cache | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
     def command(self, *arguments: object) -> list[str]:
         return [sys.executable, "-m", "kl_rl", *map(str, arguments)]
@@ -45,7 +45,7 @@ class World(NamedTuple):
 
 @contextlib.contextmanager
 def programs_kept(folder: Path):
-    """Compiled programs of this process go to a folder, until the end."""
+    """Compiled programs of this process are made quickly and go to a folder, until the end."""
     names = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -53,7 +53,9 @@ def programs_kept(folder: Path):
     before = {name: getattr(jax.config, name) for name in names}
     for name, value in names.items():
         jax.config.update(name, value)
+    jax.config.update("jax_disable_most_optimizations", True)
     yield
+    jax.config.update("jax_disable_most_optimizations", False)
     for name, value in before.items():
         jax.config.update(name, value)
 
