@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = {"layers": 1, "width": 8, "heads": 2, "context": 16, "prompt": 3, "new": 4, "batch": 64, "group": 8}
 TINY |= {"decode_batch": 2, "train_length": 6, "dpo_parts": 1, "train_parts": 2}

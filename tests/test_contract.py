@@ -17,6 +17,8 @@ from kl_rl.sharding import make_mesh, place
 from kl_rl.streaming import bucket_length, cache_bytes, pad_prompts, stream
 from kl_rl.transform import Transform, transformed
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 # Rounding: float32 has 2^-24 relative error per operation; log-probabilities here are of size 10 and go through a few
 # hundred operations. bfloat16 has 2^-8: activations differ between one row and many by about that, times their size.
 BOUND = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 0.1}
@@ -65,6 +67,7 @@ def test_decoding_equals_teacher_forcing(name, side):
     np.testing.assert_allclose(alone, scored[0], atol=BOUND["float32"], rtol=0)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("name", "dtype"), [("gpt2", jnp.float64), ("gemma3", jnp.bfloat16)])
 def test_decoding_equals_teacher_forcing_in_other_precisions(name, dtype):
     policy, prompt, drawn = drawn_from(name, dtype, "left")
@@ -92,6 +95,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("kind", list(TRANSFORMS))
 def test_behaviour_is_the_transformed_model(kind):
     """The recorded behaviour log-probability is the declared transform of the teacher-forced model."""

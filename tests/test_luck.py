@@ -12,6 +12,8 @@ from kl_rl import posterior, rollout
 from kl_rl.trajectories import check_trajectories
 from kl_rl.worlds import luck, luck_play
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 PAYOFF = np.array([[1.0, 1.0], [5.0, -15.0], [1.0, -6.0]])  # sure; +5 or -15; +1 or -6; a fair coin each
 GAMBLE = luck.gambling_table(jnp.asarray(PAYOFF))
 
