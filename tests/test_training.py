@@ -103,8 +103,8 @@ def test_planned_steps_grow_with_the_minutes_and_stop_at_forty_passes(world):
     assert planned_steps(plan, config, 16 * 40) == 40
 
 
-RESUMED = ["rlhf", "decision-transformer", "trajectory-balance"]
-RESUMED += [pytest.param(name, marks=pytest.mark.slow) for name in ("best-of-n", "ppo-lora", "rwr-logged")]
+RESUMED = ["rlhf", "trajectory-balance"]
+RESUMED += [pytest.param(name, marks=pytest.mark.slow) for name in ("best-of-n", "decision-transformer", "ppo-lora")]
 
 
 @pytest.mark.parametrize("name", RESUMED)
