@@ -32,6 +32,7 @@ types: $(STAMP)
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m pytest -n 2 -m optimized $(ARGS) || test $$? -eq 5
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -67,6 +67,13 @@ def test_decoding_equals_teacher_forcing(name, side):
     np.testing.assert_allclose(alone, scored[0], atol=BOUND["float32"], rtol=0)
 
 
+def test_completions_of_one_token():
+    policy = policy_of("gpt2")
+    drawn = jax.jit(lambda p: generate(p, jax.random.key(0), LEFT, num_samples=K, horizon=1))(policy)
+    scored = jax.jit(score)(policy, trajectories(LEFT, drawn))
+    np.testing.assert_allclose(drawn.log_model, scored, atol=BOUND["float32"], rtol=0)
+
+
 @pytest.mark.optimized
 @pytest.mark.parametrize(("name", "dtype"), [("gpt2", jnp.float64), ("gemma3", jnp.bfloat16)])
 def test_decoding_equals_teacher_forcing_in_other_precisions(name, dtype):

@@ -130,9 +130,8 @@ def expert_iteration(
         return state.extra.policy
 
     def first(policy: Policy) -> Frozen:
-        own = policy.with_params(
-            jax.tree.map(jnp.copy, policy.params)
-        )  # the base under an adapter stays shared
+        # The base under an adapter stays shared.
+        own = policy.with_params(jax.tree.map(jnp.copy, policy.params))
         return Frozen(own, jnp.zeros((), jnp.int32))
 
     return gradient_algorithm(

@@ -130,10 +130,8 @@ def fork_attention(
     of_prompt = masked(of_prompt.reshape(*split, size), prompt_seen)
     of_own = masked(together(of_own).reshape(*split, -1), seen)
     # One softmax over both parts, without putting them side by side.
-    highest = jnp.max(of_own, axis=-1, keepdims=True)
-    if size:
-        highest = jnp.maximum(highest, jnp.max(of_prompt, axis=-1, keepdims=True))
-    highest = jax.lax.stop_gradient(highest)
+    top = lambda scores: jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(wide).min)
+    highest = jax.lax.stop_gradient(jnp.maximum(top(of_prompt), top(of_own)))
     of_prompt, of_own = jnp.exp(of_prompt - highest), jnp.exp(of_own - highest)
     total = jnp.sum(of_prompt, axis=-1) + jnp.sum(of_own, axis=-1)  # [P, G, K, R, Q]
     shared = of_prompt.reshape(*flat.shape[:-1], size).astype(value.dtype)
