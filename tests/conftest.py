@@ -9,8 +9,9 @@ from pathlib import Path
 
 # XLA's older fusion emitters compile in half the time; tests marked "optimized" also run with the default ones, and so
 # do all processes that tests start (see `make test`).
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", FLAGS)
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
