@@ -60,6 +60,9 @@ def completion_hidden(
     Returns:
       [P, K, T, d]; entry t predicts ``tokens[..., t]``.
     """
+    if tokens.shape[-1] == 1:  # no token is an input then; as if another one followed
+        two = jnp.concatenate([tokens, tokens], axis=-1)
+        return completion_hidden(config, execution, weights, prompt, two)[:, :, :1]
     inputs = tokens[..., :-1]
     size = prompt.shape[1]
     before, own = layout_of(prompt), completion_layout(prompt, inputs)
