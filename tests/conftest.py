@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 # XLA's older fusion emitters compile in half the time; later versions have them no more and stop at the flag. Tests
-# marked "optimized" also run with the default ones, and so do all processes that tests start (see `make test`).
+# marked "optimized" also run with the default ones (see `make test`), as do the processes of command-line tests.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8"

@@ -1,6 +1,7 @@
 """One mesh: rules, placement, donation, accumulation; sharded equals unsharded for every family of methods."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -317,3 +318,14 @@ def test_two_processes_equal_one(tmp_path):
         assert set(many.files) == set(single)
         for name in many.files:
             np.testing.assert_allclose(many[name], single[name], rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_a_cpu_is_split_before_the_first_computation_only():
+    code = (
+        "import jax\nfrom kl_rl.sharding import make_mesh, split_cpu\n"
+        "split_cpu(3)\nassert make_mesh(data=3).size == 3\nsplit_cpu(2)\n"
+        "try:\n    split_cpu(4)\nexcept ValueError as error:\n    print(error)\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "the CPU must be split into 4 devices before the first computation\n"

@@ -104,9 +104,8 @@ def test_planned_steps_grow_with_the_minutes_and_stop_at_forty_passes(world):
 
 
 RESUMED = ["rlhf", "trajectory-balance"]
-RESUMED += [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("best-of-n", "decision-transformer", "ppo-lora")
-]
+SELDOM = ("best-of-n", "decision-transformer", "ppo-lora", "rwr-logged")
+RESUMED += [pytest.param(name, marks=pytest.mark.slow) for name in SELDOM]
 
 
 @pytest.mark.parametrize("name", RESUMED)
