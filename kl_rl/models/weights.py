@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from kl_rl.policy import Policy
 __all__ = ["Decoder", "count_parameters", "init_weights", "weight_shapes"]
 
 Weights = dict[str, Any]
+_LARGE = 2**22  # entries of a matrix that is drawn by itself
 
 
 def _norm_shapes(config: DecoderConfig, *shape: int) -> dict[str, tuple[int, ...]]:
@@ -76,15 +79,25 @@ def _is_shape(x: Any) -> bool:
 
 def count_parameters(config: DecoderConfig) -> int:
     """Number of parameters."""
-    total = 0
-    for shape in jax.tree.leaves(weight_shapes(config), is_leaf=_is_shape):
-        size = 1
-        for axis in shape:
-            size *= axis
-        total += size
-    return total
+    return sum(math.prod(s) for s in jax.tree.leaves(weight_shapes(config), is_leaf=_is_shape))
 
 
+def _normals(key: jax.Array, shapes: list[tuple[int, ...]], dtype: Any) -> list[jax.Array]:
+    """Standard normal arrays. Small ones are cut from one draw: compiling a generator for each shape costs seconds."""
+    sizes = [math.prod(shape) for shape in shapes]
+    own, common = jax.random.split(key)
+    flat = jax.random.normal(common, (sum(size for size in sizes if size < _LARGE),), dtype)
+    drawn, start = [], 0
+    for index, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
+        if size >= _LARGE:
+            drawn.append(jax.random.normal(jax.random.fold_in(own, index), shape, dtype))
+            continue
+        drawn.append(flat[start : start + size].reshape(shape))
+        start += size
+    return drawn
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def init_weights(key: jax.Array, config: DecoderConfig, dtype: Any = jnp.float32) -> Weights:
     """Random weights: normal(0.02), projections into the residual stream by a further 1/sqrt(2N), norms at one.
 
@@ -97,18 +110,19 @@ def init_weights(key: jax.Array, config: DecoderConfig, dtype: Any = jnp.float32
       Nested dict of arrays; layers stacked.
     """
     shapes, structure = jax.tree.flatten_with_path(weight_shapes(config), is_leaf=_is_shape)
-    keys = jax.random.split(key, len(shapes))
+    random = [shape for path, shape in shapes if path[-1].key not in ("scale", "bias")]
+    normals = iter(_normals(key, random, dtype))
     inner = 0.02 / (2.0 * config.layers) ** 0.5
 
-    def one(path, shape, key):
+    def one(path, shape):
         module, name = path[-2].key, path[-1].key
         if name == "scale":
             return jnp.full(shape, 1.0 - config.norm.offset, dtype)
         if name == "bias":
             return jnp.zeros(shape, dtype)
-        return (inner if module in ("out", "down") else 0.02) * jax.random.normal(key, shape, dtype)
+        return (inner if module in ("out", "down") else 0.02) * next(normals)
 
-    return jax.tree.unflatten(structure, [one(p, s, k) for (p, s), k in zip(shapes, keys, strict=True)])
+    return jax.tree.unflatten(structure, [one(path, shape) for path, shape in shapes])
 
 
 class Decoder(nnx.Module):
