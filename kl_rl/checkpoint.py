@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kl_rl.processes import agreed, is_first
+
 __all__ = ["Checkpoints", "DamagedCheckpoint", "Recovered", "SaveError"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -111,7 +113,8 @@ class Checkpoints:
         plain = _plain(tree)
         facts = {"about": about or {}, "digests": _digests(plain)}
         try:
-            self._check_space(sum(x.nbytes for x in plain.values()))
+            if (problem := agreed(self._no_space(sum(x.nbytes for x in plain.values())))) is not None:
+                raise OSError(errno.ENOSPC, problem)
             items = ocp.args.Composite(default=ocp.args.StandardSave(plain), facts=ocp.args.JsonSave(facts))
             self._manager.save(number, args=items)
             self._manager.wait_until_finished()
@@ -119,10 +122,9 @@ class Checkpoints:
             self._clear_remains(number)
             raise SaveError(self._why(number, error)) from error
 
-    def _check_space(self, size: int) -> None:
+    def _no_space(self, size: int) -> str | None:
         free = shutil.disk_usage(self._folder).free
-        if free < size:
-            raise OSError(errno.ENOSPC, f"No space left: {size:,} bytes needed, {free:,} free")
+        return f"No space left: {size:,} bytes needed, {free:,} free" if free < size else None
 
     def _why(self, number: int, error: Exception) -> str:
         reason = "the disk is full" if _is_full(error) else str(error).split("\n")[0][:200]
@@ -131,7 +133,7 @@ class Checkpoints:
 
     def _clear_remains(self, number: int) -> None:
         """Remove what a failed save left behind; a full disk needs the room."""
-        for path in self._folder.glob(f"{number}.orbax-checkpoint-tmp*"):
+        for path in self._folder.glob(f"{number}.orbax-checkpoint-tmp*") if is_first() else ():
             shutil.rmtree(path, ignore_errors=True)
 
     def restore(self, like: Any, number: int | None = None) -> Any:
@@ -193,27 +195,35 @@ class Checkpoints:
         """
         damaged: list[tuple[int, str]] = []
         for number in sorted(self._manager.all_steps(), reverse=True):
+            found, problem = None, None
             try:
-                tree, about = self._read(like, number)
+                found = self._read(like, number)
             except DamagedCheckpoint as error:
-                damaged.append((number, str(error)))
+                problem = str(error)
+            if (said := agreed(problem)) is not None or found is None:
+                damaged.append((number, str(said)))
                 continue
             if damaged:
                 self._set_aside([n for n, _ in damaged])
-            return Recovered(number, tree, about, damaged)
+            return Recovered(number, *found, damaged)
         if damaged:
             raise DamagedCheckpoint(f"{damaged[0][1]}; no other checkpoint is whole")
         return None
 
     def _set_aside(self, numbers: list[int]) -> None:
         self._manager.close()
+        if is_first():
+            self._move(numbers)
+        agreed(None)  # none opens the folder before it is in order
+        self._open()
+
+    def _move(self, numbers: list[int]) -> None:
         aside = self._folder.with_name(self._folder.name + ".damaged")
         aside.mkdir(exist_ok=True)
         for number in numbers:
             target = aside / str(number)
             shutil.rmtree(target, ignore_errors=True)
             (self._folder / str(number)).rename(target)
-        self._open()
 
     def close(self) -> None:
         """Release the folder."""

@@ -14,7 +14,7 @@ __all__ = ["held", "said_how_to_resume"]
 
 @contextlib.contextmanager
 def held(folder: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[None]:
-    """The folder of a run, locked; ``run.json`` and ``provenance.json`` are in it.
+    """The folder of a run, locked by the first process; ``run.json`` and ``provenance.json`` are in it.
 
     Args:
       folder: made if missing.
@@ -24,31 +24,45 @@ def held(folder: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[No
     Raises:
       OutputError: held by another process, of another run, or not to be written.
     """
-    from kl_rl.session import opened, provenance, write_atomically
+    from kl_rl.processes import agreed, is_first
+    from kl_rl.session import OutputError, opened, provenance, write_atomically
 
-    with opened(folder, json.loads(json.dumps(settings)), resume=resume):
-        if not (folder / "provenance.json").exists():
-            write_atomically(folder / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
+    with contextlib.ExitStack() as stack:
+        problem = None
+        try:
+            if is_first():
+                stack.enter_context(opened(folder, json.loads(json.dumps(settings)), resume=resume))
+                if not (folder / "provenance.json").exists():
+                    write_atomically(folder / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
+        except OutputError as error:
+            problem = error
+        if (message := agreed(None if problem is None else str(problem))) is not None:
+            raise OutputError(message) from problem
         yield
 
 
 @contextlib.contextmanager
 def said_how_to_resume(command: str, folder: Path) -> Iterator[list[int]]:
-    """Turns a stop or a failure in the middle of a run into a line; the list yielded holds the exit status, if any."""
+    """Turns a stop or a failure in the middle of a run into a line; the list yielded holds the exit status, if any.
+
+    In many processes all have the same status, and the first speaks.
+    """
     from kl_rl.checkpoint import SaveError
+    from kl_rl.processes import is_first
     from kl_rl.training import BadRewardValue, Diverged, Stopped
 
+    say = lambda text: print(f"kl-rl {command}: {text}", file=sys.stderr) if is_first() else None
     code: list[int] = []
     advice = f"go on with the same options and --out {folder} --resume"
     try:
         yield code
     except Stopped as stop:
-        print(f"kl-rl {command}: {stop.signal}: saved after step {stop.step}; {advice}", file=sys.stderr)
+        say(f"{stop.signal}: saved after step {stop.step}; {advice}")
         code.append(stop.code)
     except (BadRewardValue, Diverged) as error:
         hint = "; or --on-bad-reward skip" if isinstance(error, BadRewardValue) else ""
-        print(f"kl-rl {command}: {error}; nothing is lost: {advice}{hint}", file=sys.stderr)
+        say(f"{error}; nothing is lost: {advice}{hint}")
         code.append(2)
     except SaveError as error:
-        print(f"kl-rl {command}: {error}; make room, then {advice}", file=sys.stderr)
+        say(f"{error}; make room, then {advice}")
         code.append(1)

@@ -33,6 +33,7 @@ examples:
   kl-rl train rlhf --base runs/base --prompts lines.txt --reward words.json --beta 0.5 --out runs/rlhf
   kl-rl train best-of-n --n 4 --base runs/base --prompts p.jsonl --reward rewards.py:politeness --out runs/bon
   kl-rl train rlhf --base models/qwen --lora 16 --prompts p.jsonl --reward m:f --beta 0.1 --out runs/q --resume
+  srun kl-rl train rlhf --distributed --mesh fsdp=16 --base models/qwen ... --out /shared/run   # a process on each host
 
 Writes metrics.jsonl, evaluations.jsonl, samples.jsonl, timing.jsonl, curves.png, checkpoints/, model/ (Hugging Face).
 SIGTERM and Ctrl-C: the step is finished and saved, exit status 143 or 130; --resume goes on.
@@ -78,6 +79,11 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--mesh", metavar="AXES", default="",
         help="devices, such as data=2,fsdp=4,tensor=1; on a CPU data=N gives each of N cores its own rows",
+    )  # fmt: skip
+    parser.add_argument(
+        "--distributed", metavar="HOST:PORT,COUNT,NUMBER", nargs="?", const="",
+        help="join the other processes of this run, which see the same --out: on TPU pods, Slurm, Open MPI and "
+        "Kubernetes without a value; else the address of process 0, how many processes, and which one this is",
     )  # fmt: skip
     parser.add_argument(
         "--compute-dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products"
@@ -145,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     from kl_rl.cli.cache import use_cache
     from kl_rl.cli.progress import live_progress
     from kl_rl.cli.running import held, said_how_to_resume
-    from kl_rl.sharding import split_cpu
+    from kl_rl.processes import is_first
     from kl_rl.training.methods import choose
     from kl_rl.training.model import fingerprint, model_folder
     from kl_rl.training.train import train
@@ -153,8 +159,7 @@ def run(args: argparse.Namespace) -> int:
     settings, folder = _settings(args), Path(args.out)
     choose(settings)
     retain_freed_memory()
-    if settings.learning.mesh:
-        split_cpu(math.prod(dict(settings.learning.mesh).values()))
+    _use_devices(args, settings)
     use_cache()
     task = settings.task
     inputs = {name: fingerprint(getattr(task, name)) for name in ("prompts", "reward")}
@@ -167,16 +172,32 @@ def run(args: argparse.Namespace) -> int:
         live_progress() as live,
     ):
         quiet = lambda fraction, message: None
-        progress = quiet if args.quiet else _sparse(live, settings.sizes.steps)
+        progress = quiet if args.quiet or not is_first() else _sparse(live, settings.sizes.steps)
         result = train(settings, folder, progress=progress, make_sinks=_sinks(args, folder, settings))
-        if not args.no_png:
+        if is_first() and not args.no_png:
             from kl_rl.cli.curves import draw_curves
 
             draw_curves(folder)
     if code:
         return code[0]
-    _print(args, folder, result, time.monotonic() - started)
+    if is_first():
+        _print(args, folder, result, time.monotonic() - started)
     return 0
+
+
+def _use_devices(args: argparse.Namespace, settings: Any) -> None:
+    """Join the other processes, and let a CPU be as many devices as its part of the mesh has."""
+    from kl_rl.processes import join, named
+    from kl_rl.sharding import split_cpu
+
+    axes, spread = dict(settings.learning.mesh), args.distributed is not None
+    if spread and not axes:
+        raise ValueError("--distributed needs --mesh, which counts the devices of all processes")
+    group = named(args.distributed) if args.distributed else None
+    if axes and (group or not spread):
+        split_cpu(math.prod(axes.values()) // (group.total if group else 1))
+    if spread:
+        join(group)
 
 
 def _sparse(live: Any, steps: int) -> Any:

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import jax.numpy as jnp
 
 from kl_rl.huggingface.disk import check_space, replaced
@@ -28,6 +27,7 @@ from kl_rl.huggingface.write_weights import (
     write_file,
 )
 from kl_rl.models.config import DecoderConfig
+from kl_rl.processes import is_first
 
 __all__ = ["save_checkpoint"]
 
@@ -179,7 +179,7 @@ def save_checkpoint(
     if isinstance(tokenizer_from, str | Path) and not Path(tokenizer_from).is_dir():
         raise FileNotFoundError(f"{tokenizer_from}: no such folder to copy the tokenizer from")
     plan = _plan(config, weights, like, dtype, max_shard_bytes)
-    if jax.process_index() != 0:
+    if not is_first():
         return _take_part(plan, weights)
     stale = frozenset({INDEX}) | frozenset(TOKENIZER_FILES if tokenizer_from is not None else ())
     with replaced(Path(folder).expanduser(), stale=stale) as stage:

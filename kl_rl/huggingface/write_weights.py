@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 
 from kl_rl.huggingface.errors import CheckpointError
 from kl_rl.huggingface.layout import SINGLE, Layout
 from kl_rl.huggingface.names import HEAD, Piece, pieces, prefix
 from kl_rl.huggingface.safetensors_file import DTYPES, Stored, TensorFile, header_bytes
 from kl_rl.models.config import DecoderConfig
+from kl_rl.processes import whole
 
 __all__ = ["OutFile", "fresh_files", "index_text", "same_files", "tensor_sources", "tensors_of", "write_file"]
 
@@ -176,10 +176,7 @@ def index_text(files: Iterable[OutFile], layout: Layout | None) -> str | None:
 
 def _host(leaf: Any, layer: int | None) -> np.ndarray:
     """One layer of a parameter, gathered on the host (on every host, if it is spread over several processes)."""
-    part = leaf if layer is None else leaf[layer]
-    if isinstance(part, jax.Array) and not part.is_fully_addressable:
-        return np.asarray(process_allgather(part, tiled=True))
-    return np.asarray(part)
+    return whole(leaf if layer is None else leaf[layer])
 
 
 def _tensor(parts: list[Piece], weights: dict[str, Any], kind: np.dtype) -> np.ndarray:

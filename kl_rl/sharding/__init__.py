@@ -6,7 +6,7 @@ unsharded, on simulated devices, and in many processes. The rules are one table 
 
 from kl_rl.sharding.accumulate import accumulated
 from kl_rl.sharding.mesh import AXES, make_mesh, split_cpu
-from kl_rl.sharding.placement import place, place_batch, replicated, shardings
+from kl_rl.sharding.placement import place, place_batch, put, replicated, shardings
 from kl_rl.sharding.rules import MESH_AXES, PARAMETERS, check_mesh, parameter_spec, weight_sharding
 from kl_rl.sharding.step import jit_step
 
@@ -21,6 +21,7 @@ __all__ = [
     "parameter_spec",
     "place",
     "place_batch",
+    "put",
     "replicated",
     "shardings",
     "split_cpu",

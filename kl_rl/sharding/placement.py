@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kl_rl.sharding.rules import MESH_AXES, axis_size, parameter_spec
 from kl_rl.trajectories import Trajectories
 
-__all__ = ["is_frozen", "place", "place_batch", "replicated", "shardings"]
+__all__ = ["is_frozen", "place", "place_batch", "put", "replicated", "shardings"]
 
 FROZEN = frozenset({"shared", "base"})  # attributes of Policy and Posterior whose arrays no step changes
 
@@ -78,14 +78,22 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map_with_path(node, tree, is_leaf=lambda x: isinstance(x, Trajectories))
 
 
-def _put(leaf: Any, sharding: NamedSharding) -> Any:
-    """A copy with this sharding; in many processes each hands over its own parts of a value that all of them have."""
+def put(leaf: Any, sharding: NamedSharding) -> Any:
+    """A copy with this sharding; in many processes each hands over its own parts of a value that all of them have.
+
+    Args:
+      leaf: an array, a typed PRNG key, or a plain number, which stays as it is.
+      sharding: where it goes.
+
+    Returns:
+      The copy.
+    """
     if isinstance(leaf, bool | int | float):
         return leaf
     if sharding.is_fully_addressable:  # device_put alone may keep the source's buffer as the part of device 0
         return jax.device_put(jax.numpy.copy(leaf), sharding, may_alias=False)
     if _is_key(leaf):
-        data = _put(jax.random.key_data(leaf), sharding)
+        data = put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.jit(jax.numpy.copy, out_shardings=sharding)(leaf)
@@ -109,14 +117,14 @@ def place(tree: Any, mesh: Mesh) -> Any:
     """
     copies: dict[int, jax.Array] = {}
 
-    def put(path, leaf, sharding):
+    def one(path, leaf, sharding):
         if not is_frozen(path):
-            return _put(leaf, sharding)
+            return put(leaf, sharding)
         if id(leaf) not in copies:
-            copies[id(leaf)] = _put(leaf, sharding)
+            copies[id(leaf)] = put(leaf, sharding)
         return copies[id(leaf)]
 
-    return jax.tree.map_with_path(put, tree, shardings(tree, mesh))
+    return jax.tree.map_with_path(one, tree, shardings(tree, mesh))
 
 
 def place_batch(batch: Trajectories, mesh: Mesh) -> Trajectories:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from kl_rl.calibration import Bounded, calibration_budget
+from kl_rl.processes import whole
 from kl_rl.samples import Samples
 from kl_rl.training.errors import BadRewardValue
 from kl_rl.training.job import Job
@@ -50,7 +51,7 @@ def evaluation(job: Job) -> Callable[[Run, int], Measured]:
     Returns:
       ``(run, steps done) -> Measured``; raises ``BadRewardValue`` if rewards fail and are not to be skipped.
     """
-    key = jax.random.fold_in(jax.random.key(job.settings.learning.seed), 2**30 + 1)
+    key = jax.random.fold_in(job.key(), 2**30 + 1)
     prompt, kept = job.array(job.held_out.ids), list[_Column]()
 
     def base_samples() -> _Column:
@@ -78,7 +79,7 @@ def evaluation(job: Job) -> Callable[[Run, int], Measured]:
 
 def _column(job: Job, draw: Callable[[jax.Array], Drawn], key: jax.Array) -> _Column:
     rounds = -(-job.settings.sizes.eval_samples // job.settings.sizes.num_samples)
-    drawn = [jax.device_get(draw(jax.random.fold_in(key, r))) for r in range(rounds)]
+    drawn = [whole(draw(jax.random.fold_in(key, r))) for r in range(rounds)]
     texts = [text for d in drawn for text in decoded(job.model.tokenizer, d.tokens, d.mask)]
     shape, skip = drawn[0].tokens.shape[:2], job.settings.saving.on_bad_reward == "skip"
     number = np.tile(np.repeat(np.arange(shape[0]), shape[1]), rounds)
@@ -90,7 +91,7 @@ def _column(job: Job, draw: Callable[[jax.Array], Drawn], key: jax.Array) -> _Co
 
 
 def _scored(score: Callable[[Drawn], jax.Array], drawn: list[Drawn]) -> np.ndarray:
-    return np.concatenate([np.asarray(score(d), np.float64).ravel() for d in drawn])
+    return np.concatenate([whole(score(d)).astype(np.float64).ravel() for d in drawn])
 
 
 def _samples(column: _Column, log_tuned: np.ndarray, log_base: np.ndarray) -> Samples:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
-import numpy as np
-
 from kl_rl.huggingface import save_checkpoint
 from kl_rl.models import merge_lora
+from kl_rl.processes import is_first, whole
 from kl_rl.training.job import Job
 from kl_rl.training.programs import Run
 from kl_rl.training.returns import write_returns
@@ -21,8 +19,8 @@ def export(job: Job, run: Run, folder: Path) -> None:
 
     Args:
       job: the run's fixed parts.
-      run: at its end.
-      folder: made, or replaced as a whole.
+      run: at its end, in every process.
+      folder: made by the first process, or replaced as a whole.
 
     Raises:
       OSError: the disk is full or cannot be written.
@@ -30,15 +28,9 @@ def export(job: Job, run: Run, folder: Path) -> None:
     policy = job.programs.trained(job.base, run)
     weights = merge_lora(policy) if job.settings.learning.lora else policy.params
     config, checkpoint = job.model.config, job.model.checkpoint
-    save_checkpoint(
-        folder,
-        config,
-        jax.device_get(weights),
-        like=checkpoint,
-        tokenizer_from=job.model.tokenizer,
-    )
+    save_checkpoint(folder, config, weights, like=checkpoint, tokenizer_from=job.model.tokenizer)
     if job.chosen.returns:
         mixed = job.programs.deployed(job.base, run, job.knobs)
-        write_returns(
-            folder, job.model.first_token, np.asarray(mixed.params.log_prior), np.asarray(run.edges)
-        )
+        log_prior, edges = whole((mixed.params.log_prior, run.edges))
+        if is_first():
+            write_returns(folder, job.model.first_token, log_prior, edges)

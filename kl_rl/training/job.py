@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,20 @@ from jax.sharding import Mesh
 
 from kl_rl.models import Execution
 from kl_rl.policy import Policy
-from kl_rl.sharding import AXES, check_mesh, make_mesh, place, place_batch, replicated
+from kl_rl.sharding import AXES, check_mesh, make_mesh, place, put, replicated
 from kl_rl.training.errors import TrainingError
 from kl_rl.training.methods import Chosen, choose
-from kl_rl.training.model import Model, load_model, with_returns
+from kl_rl.training.model import Model, architecture, load_model, with_returns
 from kl_rl.training.programs import Knobs, Plan, Programs, make_programs
 from kl_rl.training.prompts import Prompts, load_prompts, order_of, split
 from kl_rl.training.rewards import HostReward, load_reward
 from kl_rl.training.settings import Settings
-from kl_rl.trajectories import Trajectories
 
 __all__ = ["Job", "make_job"]
+
+
+def _everywhere(x: Any, mesh: Mesh | None) -> jax.Array:
+    return jnp.asarray(x) if mesh is None else put(jnp.asarray(x), replicated(mesh))
 
 
 class Job(NamedTuple):
@@ -54,22 +57,25 @@ class Job(NamedTuple):
     knobs: Knobs
     mesh: Mesh | None
 
-    def batch(self, batch: Trajectories) -> Trajectories:
-        """A batch of host arrays on the devices."""
-        if self.mesh is None:
-            return jax.tree.map(jnp.asarray, batch)
-        return place_batch(batch, self.mesh)
+    def placed(self, tree: Any) -> Any:
+        """Host arrays on the devices; every process has all of them, and gives its devices their parts."""
+        return jax.tree.map(jnp.asarray, tree) if self.mesh is None else place(tree, self.mesh)
 
-    def array(self, x: np.ndarray | np.generic) -> jax.Array:
+    def array(self, x: Any) -> jax.Array:
         """A small array on the devices, whole on each."""
-        return jnp.asarray(x) if self.mesh is None else jax.device_put(x, replicated(self.mesh))
+        return _everywhere(x, self.mesh)
+
+    def key(self) -> jax.Array:
+        """The PRNG key of the run's seed, on the devices."""
+        key = jax.random.key(self.settings.learning.seed)
+        return key if self.mesh is None else place(key, self.mesh)
 
 
-def _mesh(settings: Settings, model: Model) -> Mesh | None:
+def _mesh(settings: Settings) -> Mesh | None:
     axes = dict(settings.learning.mesh)
     if not axes:
         return None
-    parts = axes.get("data", 1) * axes.get("fsdp", 1)
+    config, parts = architecture(settings.task.base), axes.get("data", 1) * axes.get("fsdp", 1)
     if settings.sizes.batch % parts:
         raise TrainingError(
             f"--batch {settings.sizes.batch} cannot be split over data x fsdp = {parts} devices: "
@@ -77,7 +83,7 @@ def _mesh(settings: Settings, model: Model) -> Mesh | None:
         )
     try:
         mesh = make_mesh(*(axes.get(name, 1) for name in AXES))
-        check_mesh(model.config, mesh)
+        check_mesh(config, mesh)
     except ValueError as error:
         raise TrainingError(f"--mesh: {error}") from error
     return mesh
@@ -99,12 +105,14 @@ def make_job(settings: Settings) -> Job:
     whole_heads = dict(settings.learning.mesh).get("tensor", 1) == 1
     execution = Execution(compute_dtype=settings.learning.compute_dtype, fuse=whole_heads)
     reward = load_reward(settings.task.reward)
-    model = load_model(settings.task.base, execution)
+    mesh = _mesh(settings)
+    model = load_model(settings.task.base, execution, mesh)
+    base = model.base  # each device has read its own part
     if chosen.returns:
         model = with_returns(model, execution)
+        base = model.base if mesh is None else place(model.base, mesh)
     prompts = load_prompts(settings, model)
     train, held_out = split(prompts, settings.sizes.held_out, settings.learning.seed)
-    mesh = _mesh(settings, model)
     plan = Plan(
         chosen.method,
         chosen.memory,
@@ -117,9 +125,9 @@ def make_job(settings: Settings) -> Job:
         mesh=mesh,
     )
     programs = make_programs(plan)
-    learning, number = settings.learning, lambda x: jnp.asarray(x, jnp.float32)
+    learning = settings.learning
+    number = lambda x: _everywhere(np.float32(x), mesh)
     warm = None if learning.temperature == 1.0 else number(learning.temperature)
     knobs = Knobs(number(chosen.knob), number(learning.learning_rate), warm)
-    base = model.base if mesh is None else place(model.base, mesh)
     order = order_of(train, settings.sizes.batch, settings.learning.seed)
     return Job(settings, chosen, model, base, reward, train, held_out, order, programs, knobs, mesh)

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from kl_rl.processes import is_first
 from kl_rl.session import clean
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "open_journal"]
 
 
 class Journal:
@@ -58,3 +59,27 @@ class Journal:
         """Release the files."""
         for file in self._files.values():
             file.close()
+
+
+class _Unwritten(Journal):
+    """Of the other processes, which have the same rows."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, ())
+
+    def write(self, name: str, row: Mapping[str, Any]) -> None:
+        """The first process writes it."""
+
+
+def open_journal(folder: Path, names: tuple[str, ...], offsets: Mapping[str, int] | None = None) -> Journal:
+    """The run's files; only the first of several processes writes them.
+
+    Args:
+      folder: of the run.
+      names: of the files.
+      offsets: as in ``Journal``.
+
+    Returns:
+      The journal.
+    """
+    return Journal(folder, names, offsets) if is_first() else _Unwritten(folder)

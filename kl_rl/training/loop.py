@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from kl_rl.checkpoint import Checkpoints, DamagedCheckpoint
 from kl_rl.training.errors import Stopped, TrainingError
-from kl_rl.training.journal import Journal
+from kl_rl.training.journal import Journal, open_journal
 from kl_rl.training.preemption import Preemption
 
 __all__ = ["Kept", "Position", "pick_up", "run_steps", "to_stderr"]
@@ -83,7 +83,7 @@ def pick_up(
         say(
             f"warning: checkpoint {number} is damaged and was set aside; going on from an earlier one ({reason})"
         )
-    journal = Journal(folder, names, found.about.get("offsets") if found else None)
+    journal = open_journal(folder, names, found.about.get("offsets") if found else None)
     for name in journal.shortened:
         say(f"warning: {folder / name} is shorter than when the checkpoint was written; rows are missing")
     position = None if found is None else Position(found.number, found.tree, found.about)
@@ -126,7 +126,7 @@ def run_steps(
                 kept.store.save(step, tree, {"offsets": offsets, **about()})
             raise
         done = step + 1
-        asked = preemption.signal is not None and done < steps
+        asked = preemption.asked() and done < steps
         if asked or done == steps or done % kept.save_every == 0:
             kept.save(done, tree, about())
         offsets = kept.journal.offsets()

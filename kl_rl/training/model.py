@@ -9,16 +9,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from kl_rl.huggingface import Checkpoint, CheckpointError, load_checkpoint
+from kl_rl.huggingface import Checkpoint, CheckpointError, load_checkpoint, read_config
 from kl_rl.models import DecoderConfig, Execution, decoder_policy, decoder_twist, lora_policy
 from kl_rl.policy import Policy
+from kl_rl.sharding import weight_sharding
 from kl_rl.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from kl_rl.training.errors import TrainingError
 
 __all__ = [
     "RETURN_TOKENS",
     "Model",
+    "architecture",
     "begin_of",
     "fingerprint",
     "first_policy",
@@ -65,12 +68,25 @@ def model_folder(folder: str | Path) -> Path:
     return path
 
 
-def load_model(folder: str | Path, execution: Execution | None = None) -> Model:
+def architecture(folder: str | Path) -> DecoderConfig:
+    """What ``load_model`` will open, from its config.json alone.
+
+    Raises:
+      TrainingError: missing, damaged, not supported.
+    """
+    try:
+        return read_config(model_folder(folder))[0]
+    except (CheckpointError, OSError) as error:
+        raise TrainingError(str(error)) from error
+
+
+def load_model(folder: str | Path, execution: Execution | None = None, mesh: Mesh | None = None) -> Model:
     """Open a checkpoint and its tokenizer.
 
     Args:
       folder: of the checkpoint, or of the run that wrote it.
       execution: how it is run.
+      mesh: devices, each of which reads its own part only; None: the default one.
 
     Returns:
       The model.
@@ -80,7 +96,7 @@ def load_model(folder: str | Path, execution: Execution | None = None) -> Model:
     """
     path = model_folder(folder)
     try:
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(path, place=None if mesh is None else weight_sharding(mesh))
         tokenizer = load_tokenizer(path)
         check_vocabulary(tokenizer, checkpoint.config, path)
     except (CheckpointError, OSError, ValueError) as error:
@@ -118,7 +134,7 @@ def with_returns(model: Model, execution: Execution | None = None) -> Model:
     free = 0 if begin is None or begin < config.vocab else rows - begin - 1
     if free < RETURN_TOKENS:
         config = dataclasses.replace(config, extra=config.extra + RETURN_TOKENS)
-        table = jnp.concatenate([table, jnp.zeros((RETURN_TOKENS, table.shape[1]), table.dtype)])
+        table = jnp.pad(table, ((0, RETURN_TOKENS), (0, 0)))
     first = config.vocab + config.extra - RETURN_TOKENS
     table = table.at[first:].set(like)
     weights = model.base.params | {"embed": {"table": table}}

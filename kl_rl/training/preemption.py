@@ -7,6 +7,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from kl_rl.processes import agreed
+
 __all__ = ["Preemption"]
 
 
@@ -25,6 +27,11 @@ class Preemption:
     def code(self) -> int:
         """Exit status: 128 and the number of the signal; 0 if there was none."""
         return 0 if self.signal is None else 128 + signal.Signals[self.signal]
+
+    def asked(self) -> bool:
+        """Whether any process has received a signal, which then counts for all; all must ask at the same step."""
+        self.signal = agreed(self.signal)
+        return self.signal is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal == "SIGINT" and number == signal.SIGINT:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kl_rl.processes import agreed, share, summed
 from kl_rl.training.errors import BadRewardValue, TrainingError
 
 __all__ = ["HostReward", "load_reward", "rewards_of"]
@@ -113,7 +114,7 @@ def _checked(reward: HostReward, prompt: str, completion: str) -> float:
 def rewards_of(
     reward: HostReward, prompts: Sequence[str], completions: Sequence[str], *, skip: bool
 ) -> np.ndarray:
-    """Score N completions.
+    """Score N completions; in many processes each scores its share, and all have the result.
 
     Args:
       reward: the function.
@@ -127,12 +128,26 @@ def rewards_of(
     Raises:
       BadRewardValue: naming prompt and completion.
     """
-    values = np.empty(len(prompts), np.float32)
-    for i, pair in enumerate(zip(prompts, completions, strict=True)):
+    values, own = np.zeros(len(prompts), np.float32), share(len(prompts))
+    problem = None
+    try:
+        values[own] = _scored(reward, prompts[own], completions[own], skip=skip)
+    except BadRewardValue as error:
+        problem = error
+    if (message := agreed(None if problem is None else str(problem))) is not None:
+        raise BadRewardValue(message) from problem
+    return summed(values)
+
+
+def _scored(
+    reward: HostReward, prompts: Sequence[str], completions: Sequence[str], *, skip: bool
+) -> list[float]:
+    values = []
+    for pair in zip(prompts, completions, strict=True):
         try:
-            values[i] = _checked(reward, *pair)
+            values.append(_checked(reward, *pair))
         except BadRewardValue:
             if not skip:
                 raise
-            values[i] = np.nan
+            values.append(np.nan)
     return values

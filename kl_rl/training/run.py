@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from kl_rl.sharding import place
+from kl_rl.processes import whole
 from kl_rl.tokenizer import Tokenizer
 from kl_rl.training.errors import BadRewardValue
 from kl_rl.training.job import Job
@@ -74,7 +73,7 @@ def rewarded(job: Job, prompts: Prompts, drawn: Drawn) -> Rewarded:
     Args:
       job: reward, tokenizer, and what to do about bad values.
       prompts: P of them.
-      drawn: their completions.
+      drawn: their completions, on the host.
 
     Returns:
       The batch; bad samples are replaced if they are to be skipped.
@@ -95,33 +94,32 @@ def rewarded(job: Job, prompts: Prompts, drawn: Drawn) -> Rewarded:
 def blank(job: Job) -> Run:
     """A run of the right structure, shapes and placement, before any sample: what a checkpoint is restored onto."""
     edges = job.array(np.full(RETURN_TOKENS - 1, np.inf, np.float32))
-    run = job.programs.begin(job.base, job.knobs, edges, jax.random.key(job.settings.learning.seed))
+    run = job.programs.begin(job.base, job.knobs, edges, job.key())
     if not job.chosen.memory.filling:
         return run
     groups = job.chosen.memory.filling * job.settings.sizes.batch
     shape = (groups, job.settings.sizes.num_samples, job.settings.sizes.horizon)
-    zeros = lambda dtype, *size: jnp.zeros(size or shape, dtype)
+    zeros = lambda dtype, *size: np.zeros(size or shape, dtype)
     data = _trajectories(
-        zeros(jnp.int32, groups, job.train.ids.shape[1]), zeros(jnp.int32),
-        *(zeros(jnp.float32) for _ in range(3)), zeros(jnp.float32, *shape[:2]),
+        zeros(np.int32, groups, job.train.ids.shape[1]), zeros(np.int32),
+        *(zeros(np.float32) for _ in range(3)), zeros(np.float32, *shape[:2]),
     )  # fmt: skip
     return _with_memory(job, run, data)
 
 
 def _with_memory(job: Job, run: Run, data: Trajectories) -> Run:
-    ring = Ring(jax.tree.map(jnp.asarray, data), jnp.zeros((), jnp.int32))
-    return run._replace(memory=ring if job.mesh is None else place(ring, job.mesh))
+    return run._replace(memory=job.placed(Ring(data, job.array(np.int32(0)))))
 
 
 def _base_rounds(job: Job, rounds: int) -> list[Rewarded]:
     """Batches of p0's samples, before the first step."""
-    key = jax.random.fold_in(jax.random.key(job.settings.learning.seed), 2**30)
+    key = jax.random.fold_in(job.key(), 2**30)
     found = []
     for index in range(rounds):
         prompts = job.train.take(job.order(index))
         prompt = job.array(prompts.ids)
         drawn = job.programs.draw(job.base, jax.random.fold_in(key, index), prompt, job.knobs.temperature)
-        found.append(rewarded(job, prompts, drawn))
+        found.append(rewarded(job, prompts, whole(drawn)))
     return found
 
 
@@ -173,12 +171,12 @@ def advance(job: Job, run: Run, step: int) -> tuple[Run, dict[str, Any]]:
             job.programs.behaviour(job.base, run, job.knobs),
             jax.random.fold_in(run.key, 2 * step),
         )
-        drawn = job.programs.draw(behaviour, key, job.array(prompts.ids), job.knobs.temperature)
+        drawn = whole(job.programs.draw(behaviour, key, job.array(prompts.ids), job.knobs.temperature))
         batch, reward = rewarded(job, prompts, drawn)
         row |= _sampled(drawn, reward)
     else:
         batch = _placeholder(job, prompts)
-    run, info = job.programs.step(job.base, run, _warmed(job, step), job.batch(batch), number)
+    run, info = job.programs.step(job.base, run, _warmed(job, step), job.placed(batch), number)
     values = {name: float(x) for name, x in jax.device_get(info)._asdict().items()}
     if not np.isfinite(values["loss"]):
         raise Diverged(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kl_rl.processes import is_first
 from kl_rl.training.evaluate import evaluation
 from kl_rl.training.export import export
 from kl_rl.training.job import make_job
@@ -41,8 +42,9 @@ def train(
 ) -> dict[str, Any]:
     """Run the method to its last step, from the newest whole checkpoint of the folder if there is one.
 
-    The folder must be held by this process alone. A run that was cut off anywhere and picked up again writes the same
-    bytes into ``metrics.jsonl``, ``evaluations.jsonl`` and ``samples.jsonl`` and ends with the same weights.
+    The folder must be held by this run alone; of several processes (``processes.join``), which must see the same
+    folder, the first writes what is not a checkpoint. A run that was cut off anywhere and picked up again writes the
+    same bytes into ``metrics.jsonl``, ``evaluations.jsonl`` and ``samples.jsonl`` and ends with the same weights.
 
     Args:
       settings: what is asked.
@@ -67,7 +69,7 @@ def train(
                 progress(0.0, "samples of the base model")
                 position = Position(0, start(job), {})
                 kept.save(0, position.tree)
-            sinks = make_sinks(position.step)
+            sinks = make_sinks(position.step) if is_first() else ()
             try:
                 session = _Session(job, kept, sinks, progress, folder)
                 run = run_steps(
@@ -118,6 +120,8 @@ class _Session:
             sink.write(measured.row["step"], values)
 
     def _write_timing(self, step: int, seconds: float, measuring: float) -> None:
+        if not is_first():
+            return
         with open(self._folder / TIMING, "a") as file:
             file.write(f'{{"step": {step}, "seconds": {seconds:.4f}, "measuring": {measuring:.4f}}}\n')
 
@@ -131,7 +135,7 @@ class _Session:
         """The last measurement, which belongs to no step, and the export."""
         self._progress(1.0, "measuring")
         measured = self._measure(run, self._steps)
-        if self._written() < self._steps:
+        if is_first() and self._written() < self._steps:
             self._write_measured(measured)
             self._kept.journal.sync()
         self._progress(1.0, "exporting the model")
