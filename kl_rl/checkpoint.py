@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import shutil
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +77,29 @@ def _is_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in _FULL or any(word in text for word in _FULL_WORDS)
 
 
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """A save that fails is reported by its exception alone.
+
+    The threads that write report it too, each with a traceback, some of them after the save has ended: their reports
+    are dropped, from then on if it fails.
+    """
+    threads = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before, quiet = sys.unraisablehook, lambda record: record.levelno < logging.ERROR
+
+    def unless_loop_closed(report: Any) -> None:
+        if "Event loop is closed" not in str(report.exc_value):
+            before(report)
+
+    for logger in threads:
+        logger.addFilter(quiet)
+    sys.unraisablehook = unless_loop_closed
+    yield
+    sys.unraisablehook = before
+    for logger in threads:
+        logger.removeFilter(quiet)
+
+
 class Checkpoints:
     """Numbered checkpoints in a folder; a save that was cut short is ignored when the folder is opened again.
 
@@ -116,8 +142,9 @@ class Checkpoints:
             if (problem := agreed(self._no_space(sum(x.nbytes for x in plain.values())))) is not None:
                 raise OSError(errno.ENOSPC, problem)
             items = ocp.args.Composite(default=ocp.args.StandardSave(plain), facts=ocp.args.JsonSave(facts))
-            self._manager.save(number, args=items)
-            self._manager.wait_until_finished()
+            with _said_once():
+                self._manager.save(number, args=items)
+                self._manager.wait_until_finished()
         except Exception as error:  # orbax and tensorstore raise many kinds
             self._clear_remains(number)
             raise SaveError(self._why(number, error)) from error
