@@ -1,10 +1,4 @@
-"""Sharding, checkpoints, and the numpyro oracle."""
-
-import os
-import signal
-import subprocess
-import sys
-import textwrap
+"""Sharding of tables, runs saved and picked up, and the numpyro oracle."""
 
 import jax
 import jax.numpy as jnp
@@ -71,50 +65,6 @@ def test_resume_is_bit_equal(name, tiny, tmp_path):
             (lambda x: jax.random.key_data(x)) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else np.asarray
         )
         np.testing.assert_array_equal(data(a), data(b))
-
-
-def test_a_missing_checkpoint_is_said(tmp_path):
-    store = Checkpoints(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
-        store.restore({"x": jnp.zeros(3)})
-    store.close()
-
-
-SAVER = """
-import sys, jax.numpy as jnp
-from kl_rl.checkpoint import Checkpoints
-store = Checkpoints(sys.argv[1])
-for number in range(10**6):
-    store.save(number, {"x": jnp.full(200_000, number)})
-    print(number, flush=True)
-"""
-
-
-@pytest.mark.parametrize("extra", [0.0, 0.013, 0.031])
-def test_kill_during_saving_loses_at_most_the_save_in_flight(extra, tmp_path):
-    import time
-
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SAVER), str(tmp_path / "run")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-    for line in process.stdout:
-        finished = int(line)
-        if finished == 3:
-            break
-    time.sleep(extra)
-    process.send_signal(signal.SIGKILL)
-    finished = max([finished, *(int(line) for line in process.stdout if line.strip())])
-    process.wait()
-    process.stdout.close()
-    store = Checkpoints(tmp_path / "run")
-    assert store.latest >= finished
-    restored = store.restore({"x": jnp.zeros(200_000, jnp.int32)})
-    store.close()
-    assert np.unique(restored["x"]).tolist() == [store.latest]
 
 
 def test_numpyro_agrees_on_the_evidence_lower_bound(tiny):
