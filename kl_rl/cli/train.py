@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,12 @@ def _settings(args: argparse.Namespace) -> Any:
     return Settings(group(Task), group(Sizes), group(Learning), group(Saving))
 
 
+def _run_name(folder: Path) -> str:
+    """Another one for every run, and the same when it is resumed."""
+    begun = (folder / "run.json").stat().st_mtime_ns
+    return f"{folder.name}-{zlib.crc32(f'{folder.absolute()} {begun}'.encode()):08x}"
+
+
 def _sinks(args: argparse.Namespace, folder: Path, settings: Any) -> Any:
     from kl_rl.training.sinks import tensorboard_sink, tracking_sink
 
@@ -135,7 +142,7 @@ def _sinks(args: argparse.Namespace, folder: Path, settings: Any) -> Any:
         found = [tensorboard_sink(folder / "tensorboard", step)] if args.tensorboard else []
         for name in ("wandb", "trackio"):
             if project := getattr(args, name):
-                found.append(tracking_sink(name, project, folder.name, settings.compared()))
+                found.append(tracking_sink(name, project, _run_name(folder), settings.compared()))
         return found
 
     return make

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,16 +44,18 @@ class _TensorBoard:
 
 
 class _Tracking:
-    """wandb, and trackio, which has the same interface."""
+    """wandb, and trackio, which has the same interface; what they print goes to standard error."""
 
     def __init__(self, package: Any):
         self._package = package
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._package.log(dict(values), step=step)
+        with contextlib.redirect_stdout(sys.stderr):
+            self._package.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._package.finish()
+        with contextlib.redirect_stdout(sys.stderr):
+            self._package.finish()
 
 
 def tensorboard_sink(folder: Path, step: int) -> Sink:
@@ -72,12 +76,12 @@ def tensorboard_sink(folder: Path, step: int) -> Sink:
 
 
 def tracking_sink(name: str, project: str, run: str, config: Mapping[str, Any]) -> Sink:
-    """An experiment tracker.
+    """An experiment tracker; a continued run goes on in the tracker's run of the same name.
 
     Args:
       name: package, "wandb" or "trackio".
       project: of the tracker.
-      run: name of the run.
+      run: name of the run, unique in the project.
       config: settings to show.
 
     Returns:
@@ -87,5 +91,7 @@ def tracking_sink(name: str, project: str, run: str, config: Mapping[str, Any]) 
       TrainingError: without the package.
     """
     package = _package(name, name)
-    package.init(project=project, name=run, config=dict(config))
+    known = {"id": run} if name == "wandb" else {}  # trackio knows runs by name
+    with contextlib.redirect_stdout(sys.stderr):
+        package.init(project=project, name=run, config=dict(config), resume="allow", **known)
     return _Tracking(package)
