@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from kl_rl.huggingface import CheckpointError, load_reward_model
 from kl_rl.models import last_hidden
 from kl_rl.training import TrainingError
-from kl_rl.training.rewards import load_reward
+from kl_rl.training.model import begin_of, load_model
+from kl_rl.training.rewards import load_reward, rewards_of
 
 HERE = Path(__file__).parent / "checkpoints" / "reward_models"
 NAMES = sorted(path.parent.name for path in HERE.glob("*/config.json"))
@@ -35,11 +36,39 @@ def test_rewards_are_those_of_transformers(name):
 def test_a_folder_as_reward_scores_texts():
     """Wherever the prompt ends, and at every length: what transformers answers for the whole text."""
     expected, reward = np.load(HERE / "qwen3" / "expected.npz"), load_reward(str(HERE / "qwen3"))
-    for text, wanted in zip(expected["texts"], expected["text_rewards"], strict=True):
-        for cut in (0, 11):
-            assert abs(reward.score(text[:cut], text[cut:]) - wanted) < 1e-5
+    texts, wanted = list(expected["texts"]), expected["text_rewards"]
+    for cut in (0, 11):
+        prompts, completions = [t[:cut] for t in texts], [t[cut:] for t in texts]
+        together = rewards_of(reward, prompts, completions, skip=False)
+        np.testing.assert_allclose(together, wanted, atol=1e-5)
+        for prompt, completion, value in zip(prompts, completions, wanted, strict=True):
+            assert abs(rewards_of(reward, [prompt], [completion], skip=False)[0] - value) < 1e-5
+    many = rewards_of(reward, [""] * 70, (texts * 70)[:70], skip=False)  # more than are scored at once
+    np.testing.assert_allclose(many, np.resize(wanted, 70), atol=1e-5)
+    too_long = (["", "", ""], [texts[0], "x" * 100, texts[1]])
     with pytest.raises(TrainingError, match="do not fit the reward model's context of 64"):
-        reward.score("", "x" * 100)
+        rewards_of(reward, *too_long, skip=False)
+    skipped = rewards_of(reward, *too_long, skip=True)
+    np.testing.assert_allclose(skipped, [wanted[0], np.nan, wanted[1]], atol=1e-5)
+
+
+def test_a_language_model_as_reward_gives_log_likelihoods():
+    """Together and one by one, of prompts and completions of any lengths: the sum of the scorer's log-probabilities."""
+    folder = HERE.parent / "qwen3"
+    reward, model = load_reward(str(folder)), load_model(folder)
+    encode, begin = model.tokenizer.encode, begin_of(model.tokenizer)
+    prompts = ["the ", "a longer prompt than ", "the ", "x"]
+    completions = ["sun", "the others of this test", "", "yz"]
+    found = rewards_of(reward, prompts, completions, skip=False)
+    for prompt, completion, value in zip(prompts, completions, found, strict=True):
+        first, ids = ([] if begin is None else [begin]) + encode(prompt), encode(completion)
+        wanted = 0.0
+        if ids:
+            logits = model.base.logits(jnp.asarray([first]), jnp.asarray([ids]))[0]
+            log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+            wanted = float(sum(log_probs[i, token] for i, token in enumerate(ids)))
+        assert value == pytest.approx(wanted, abs=1e-4)
+        assert rewards_of(reward, [prompt], [completion], skip=False)[0] == pytest.approx(wanted, abs=1e-4)
 
 
 def spoiled(folder, change):

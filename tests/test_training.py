@@ -35,7 +35,7 @@ from kl_rl.training.job import Job
 from kl_rl.training.pretraining import planned_steps, read_text
 from kl_rl.training.prompts import order_of
 from kl_rl.training.returns import return_edges
-from kl_rl.training.rewards import HostReward
+from kl_rl.training.rewards import HostReward, one_by_one
 from kl_rl.training.run import blank
 from kl_rl.trajectories import Trajectories
 
@@ -210,7 +210,7 @@ def test_the_replay_ring_keeps_what_was_drawn_and_its_probabilities():
 
 
 def with_reward(job: Job, score_of) -> Job:
-    return job._replace(reward=HostReward("test", score_of))
+    return job._replace(reward=HostReward("test", one_by_one(score_of)))
 
 
 @pytest.mark.parametrize(
@@ -259,11 +259,12 @@ def test_skipping_counts_and_goes_on(world):
 
 def test_knob_and_rate_are_arguments_of_one_program(world):
     job = make_job(asked(world, "rlhf"))
-    run = start(job)
-    for step, beta in enumerate((0.5, 0.7)):
+    run, _ = advance(job, start(job), 0)
+    before = job.programs.step._cache_size()  # other tests may have used the same program
+    for step, beta in enumerate((0.5, 0.7), 1):
         knobs = job.knobs._replace(value=jnp.float32(beta), learning_rate=jnp.float32(beta / 100))
         run, _ = advance(job._replace(knobs=knobs), run, step)
-    assert job.programs.step._cache_size() == 1
+    assert job.programs.step._cache_size() == before
 
 
 def test_the_recorded_probability_is_the_scorers(world):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kl_rl.huggingface import CheckpointError, is_reward_model, load_reward_model
 from kl_rl.models import DecoderConfig, last_hidden
@@ -17,17 +18,19 @@ from kl_rl.streaming import bucket_length, pad_prompts
 from kl_rl.tokenizer import check_vocabulary, load_tokenizer
 from kl_rl.training.errors import TrainingError
 from kl_rl.training.model import begin_of, load_model
+from kl_rl.training.rewards import Values, one_by_one
 from kl_rl.trajectories import Trajectories
 
 __all__ = ["likelihood_reward", "model_reward", "scored_reward"]
 
-TextReward = Callable[[str, str], float]
+_ROWS = 32  # texts scored at once, at most
+Ids = tuple[list[int], ...]
 
 
 @jax.jit
-def _log_prob(policy: Policy, prompt: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+def _log_probs(policy: Policy, prompt: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     batch = Trajectories(prompt, tokens, mask, jnp.ones_like(mask), jnp.zeros_like(mask), mask[..., 0])
-    return jnp.sum(score(policy, batch))
+    return jnp.sum(score(policy, batch), axis=(-2, -1))
 
 
 def _check_length(count: int, config: DecoderConfig) -> None:
@@ -35,14 +38,44 @@ def _check_length(count: int, config: DecoderConfig) -> None:
         raise TrainingError(f"{count} tokens do not fit the reward model's context of {config.context}")
 
 
-def model_reward(folder: Path) -> TextReward:
+def _width(rows: Sequence[Sequence[int]], config: DecoderConfig) -> int:
+    return min(bucket_length(max(map(len, rows))), config.context)
+
+
+def _batched(ids_of: Callable[[str, str], Any], score_rows: Callable[[list[Ids]], jax.Array]) -> Values:
+    """Texts of like length are scored together.
+
+    Args:
+      ids_of: ``(prompt, completion) -> tuple of token lists``; anything else is the reward itself.
+      score_rows: of a power of two of such tuples; -> [rows].
+
+    Returns:
+      The reward of texts.
+    """
+
+    def values(prompts: Sequence[str], completions: Sequence[str]) -> list[Any]:
+        found = list(one_by_one(ids_of)(prompts, completions))
+        lengths = {i: sum(map(len, ids)) for i, ids in enumerate(found) if isinstance(ids, tuple)}
+        order = sorted(lengths, key=lambda i: (lengths[i], i))
+        for start in range(0, len(order), _ROWS):
+            chunk = order[start : start + _ROWS]
+            rows = [found[i] for i in chunk]
+            rows += rows[-1:] * ((1 << (len(rows) - 1).bit_length()) - len(rows))  # few programs
+            for i, value in zip(chunk, np.asarray(score_rows(rows)), strict=False):
+                found[i] = float(value)
+        return found
+
+    return values
+
+
+def model_reward(folder: Path) -> Values:
     """The reward that a folder stands for: a reward model's score, or a language model's log-likelihood.
 
     Args:
       folder: a Hugging Face checkpoint, or the output of a run.
 
     Returns:
-      ``(prompt, completion) -> number``.
+      ``(prompts, completions) -> numbers``.
 
     Raises:
       TrainingError: the folder cannot be used.
@@ -54,14 +87,14 @@ def model_reward(folder: Path) -> TextReward:
     return scored_reward(folder) if classifier else likelihood_reward(folder)
 
 
-def scored_reward(folder: Path) -> TextReward:
+def scored_reward(folder: Path) -> Values:
     """``r(x, y) = w . h_last`` of a reward model: transformers' sequence classification with one label.
 
     Args:
       folder: a Hugging Face checkpoint with its tokenizer.
 
     Returns:
-      ``(prompt, completion) -> reward`` of the two texts one after the other, behind the begin mark if there is one.
+      ``(prompts, completions) -> rewards`` of the two texts one after the other, behind the begin mark if there is one.
 
     Raises:
       TrainingError: the folder cannot be used.
@@ -75,27 +108,31 @@ def scored_reward(folder: Path) -> TextReward:
 
     @jax.jit
     def scored(weights: Any, output: jax.Array, ids: jax.Array) -> jax.Array:
-        return last_hidden(model.config, weights, ids)[0].astype(output.dtype) @ output
+        return last_hidden(model.config, weights, ids).astype(output.dtype) @ output
 
-    def reward(prompt: str, completion: str) -> float:
+    def ids_of(prompt: str, completion: str) -> Ids:
         ids = ([] if begin is None else [begin]) + tokenizer.encode(prompt + completion)
         if not ids:
             raise TrainingError("the reward model was given an empty text")
         _check_length(len(ids), model.config)
-        row = pad_prompts([ids], min(bucket_length(len(ids)), model.config.context))
-        return float(scored(model.weights, model.score, jnp.asarray(row)))
+        return (ids,)
 
-    return reward
+    def score_rows(rows: list[Ids]) -> jax.Array:
+        texts = [ids for (ids,) in rows]
+        padded = pad_prompts(texts, _width(texts, model.config))
+        return scored(model.weights, model.score, jnp.asarray(padded))
+
+    return _batched(ids_of, score_rows)
 
 
-def likelihood_reward(folder: Path) -> TextReward:
+def likelihood_reward(folder: Path) -> Values:
     """The log-likelihood of a completion under the causal language model of a folder, by its own tokenizer.
 
     Args:
       folder: a Hugging Face checkpoint.
 
     Returns:
-      ``(prompt, completion) -> nats``.
+      ``(prompts, completions) -> nats``.
 
     Raises:
       TrainingError: the folder cannot be used.
@@ -103,15 +140,20 @@ def likelihood_reward(folder: Path) -> TextReward:
     model = load_model(folder)
     begin = begin_of(model.tokenizer)
 
-    def reward(prompt: str, completion: str) -> float:
+    def ids_of(prompt: str, completion: str) -> Ids | float:
         first = ([] if begin is None else [begin]) + model.tokenizer.encode(prompt)
         ids = model.tokenizer.encode(completion)
         if not first or not ids:
             return 0.0
         _check_length(len(first) + len(ids), model.config)
-        size = min(bucket_length(len(ids)), model.config.context)
-        tokens = jnp.zeros((1, 1, size), jnp.int32).at[0, 0, : len(ids)].set(jnp.asarray(ids, jnp.int32))
-        mask = (jnp.arange(size) < len(ids)).astype(jnp.float32)[None, None]
-        return float(_log_prob(model.base, jnp.asarray(pad_prompts([first])), tokens, mask))
+        return first, ids
 
-    return reward
+    def score_rows(rows: list[Ids]) -> jax.Array:
+        size = _width([ids for _, ids in rows], model.config)
+        tokens, mask = np.zeros((len(rows), 1, size), np.int32), np.zeros((len(rows), 1, size), np.float32)
+        for i, (_, ids) in enumerate(rows):
+            tokens[i, 0, : len(ids)], mask[i, 0, : len(ids)] = ids, 1.0
+        prompts = pad_prompts([first for first, _ in rows])
+        return _log_probs(model.base, jnp.asarray(prompts), jnp.asarray(tokens), jnp.asarray(mask))
+
+    return _batched(ids_of, score_rows)

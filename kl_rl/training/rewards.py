@@ -8,7 +8,7 @@ import math
 import numbers
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,10 @@ import numpy as np
 from kl_rl.processes import agreed, share, summed
 from kl_rl.training.errors import BadRewardValue, TrainingError
 
-__all__ = ["HostReward", "load_reward", "rewards_of"]
+__all__ = ["HostReward", "load_reward", "one_by_one", "rewards_of"]
+
+
+Values = Callable[[Sequence[str], Sequence[str]], Iterable[Any]]
 
 
 class HostReward(NamedTuple):
@@ -25,12 +28,25 @@ class HostReward(NamedTuple):
 
     Attributes:
       name: for messages.
-      score: ``(prompt, completion) -> finite number``, both texts; must depend on them alone, or a resumed run will
-        not equal an uninterrupted one.
+      values: ``(prompts, completions) -> finite numbers``, for N texts each; an exception in place of a value that
+        could not be had. A value must depend on its texts alone, or a resumed run will not equal an uninterrupted one.
     """
 
     name: str
-    score: Callable[[str, str], Any]
+    values: Values
+
+
+def one_by_one(function: Callable[[str, str], Any]) -> Values:
+    """A function of one prompt and one completion, called for each when its value is asked for."""
+
+    def values(prompts: Sequence[str], completions: Sequence[str]) -> Iterator[Any]:
+        for pair in zip(prompts, completions, strict=True):
+            try:
+                yield function(*pair)
+            except Exception as error:  # of the user's function
+                yield error
+
+    return values
 
 
 def load_reward(spec: str) -> HostReward:
@@ -58,12 +74,12 @@ def load_reward(spec: str) -> HostReward:
         from kl_rl.worlds.lexicon import load_reward as load_lexicon
 
         lexicon = load_lexicon(path)
-        return HostReward(spec, lambda prompt, completion: lexicon.score(completion, prompt))
+        return HostReward(spec, one_by_one(lambda prompt, completion: lexicon.score(completion, prompt)))
     if ":" not in spec:
         raise TrainingError(
             f"{spec}: no such reward; give module:function, a word list (.json, .tsv, .txt) or a model folder"
         )
-    return HostReward(spec, _function(spec))
+    return HostReward(spec, one_by_one(_function(spec)))
 
 
 def _function(spec: str) -> Callable[[str, str], Any]:
@@ -93,14 +109,12 @@ def _module(place: str) -> Any:
     return importlib.import_module(place)
 
 
-def _checked(reward: HostReward, prompt: str, completion: str) -> float:
+def _checked(reward: HostReward, value: Any, prompt: str, completion: str) -> float:
     said = f"for prompt {prompt!r:.300} and completion {completion!r:.300}"
-    try:
-        value = reward.score(prompt, completion)
-    except Exception as error:  # of the user's function
+    if isinstance(value, Exception):
         raise BadRewardValue(
-            f"reward {reward.name} raised {type(error).__name__}: {str(error)[:200]} {said}"
-        ) from error
+            f"reward {reward.name} raised {type(value).__name__}: {str(value)[:200]} {said}"
+        ) from value
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()
     if not isinstance(value, numbers.Real):
@@ -143,9 +157,9 @@ def _scored(
     reward: HostReward, prompts: Sequence[str], completions: Sequence[str], *, skip: bool
 ) -> list[float]:
     values = []
-    for pair in zip(prompts, completions, strict=True):
+    for found in zip(reward.values(prompts, completions), prompts, completions, strict=True):
         try:
-            values.append(_checked(reward, *pair))
+            values.append(_checked(reward, *found))
         except BadRewardValue:
             if not skip:
                 raise
