@@ -7,7 +7,6 @@ import errno
 import logging
 import shutil
 import sys
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kl_rl.checksum import checksums
 from kl_rl.processes import agreed, is_first
 
-__all__ = ["Checkpoints", "DamagedCheckpoint", "Recovered", "SaveError"]
+__all__ = ["Checkpoints", "DamagedCheckpoint", "Recovered", "SaveError", "is_full", "outline"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_WORDS = ("No space left", "File too large", "quota exceeded", "RESOURCE_EXHAUSTED")
@@ -48,31 +48,51 @@ class Recovered(NamedTuple):
     damaged: list[tuple[int, str]]
 
 
-def _plain(tree: Any) -> dict[str, Any]:
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(getattr(x, "dtype", np.float32), jax.dtypes.prng_key)
+
+
+def _plain(tree: Any) -> dict[str, jax.Array]:
     """Typed PRNG keys as their data, which orbax can store."""
 
-    def leaf(x: Any) -> Any:
+    def leaf(x: Any) -> jax.Array:
         return jax.random.key_data(x) if _is_key(x) else jnp.asarray(x)
 
     return {str(i): leaf(x) for i, x in enumerate(jax.tree.leaves(tree))}
 
 
-def _is_key(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+def _checksums(plain: dict[str, jax.Array]) -> dict[str, str]:
+    return dict(zip(plain, checksums(list(plain.values())), strict=True))
 
 
-def _digests(plain: dict[str, Any]) -> dict[str, int | None]:
-    """Checksum of every leaf; None for one that is spread over several processes."""
+def outline(tree: Any) -> Any:
+    """Shapes, dtypes and places of a tree's arrays without the arrays: what a checkpoint can be restored onto.
 
-    def one(x: Any) -> int | None:
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return None
-        return zlib.crc32(np.ascontiguousarray(np.asarray(x)).tobytes())
+    Args:
+      tree: arrays, typed PRNG keys included.
 
-    return {name: one(x) for name, x in plain.items()}
+    Returns:
+      The same structure of ``jax.ShapeDtypeStruct``.
+    """
+    array = lambda x: jnp.asarray(x) if not isinstance(x, jax.Array) else x
+    one = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else one(array(x)), tree)
 
 
-def _is_full(error: BaseException) -> bool:
+def _plain_outline(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The outline of what ``_plain`` makes of a tree, or of its outline."""
+
+    def leaf(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if not _is_key(x):
+            return x
+        data = jax.eval_shape(jax.random.key_data, x)
+        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
+
+    return {str(i): leaf(x) for i, x in enumerate(jax.tree.leaves(outline(tree)))}
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room left."""
     text = str(error)
     return getattr(error, "errno", None) in _FULL or any(word in text for word in _FULL_WORDS)
 
@@ -137,7 +157,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         plain = _plain(tree)
-        facts = {"about": about or {}, "digests": _digests(plain)}
+        facts = {"about": about or {}, "checksums": _checksums(plain)}
         try:
             if (problem := agreed(self._no_space(sum(x.nbytes for x in plain.values())))) is not None:
                 raise OSError(errno.ENOSPC, problem)
@@ -154,7 +174,7 @@ class Checkpoints:
         return f"No space left: {size:,} bytes needed, {free:,} free" if free < size else None
 
     def _why(self, number: int, error: Exception) -> str:
-        reason = "the disk is full" if _is_full(error) else str(error).split("\n")[0][:200]
+        reason = "the disk is full" if is_full(error) else str(error).split("\n")[0][:200]
         before = "there is no earlier one" if self.latest is None else f"checkpoint {self.latest} is intact"
         return f"{self._folder}: checkpoint {number} could not be written: {reason}; {before}"
 
@@ -167,7 +187,7 @@ class Checkpoints:
         """Read a pytree of the same structure, bit for bit, onto the shardings of ``like``.
 
         Args:
-          like: a tree with the structure, shapes and dtypes that were saved.
+          like: a tree with the structure, shapes and dtypes that were saved, or its ``outline``.
           number: which checkpoint; the newest if None.
 
         Returns:
@@ -185,20 +205,20 @@ class Checkpoints:
     def _read(self, like: Any, number: int) -> tuple[Any, dict[str, Any]]:
         import orbax.checkpoint as ocp
 
-        plain, where = _plain(like), f"{self._folder / str(number)}"
+        plain, where = _plain_outline(like), f"{self._folder / str(number)}"
         items = ocp.args.Composite(default=ocp.args.StandardRestore(plain), facts=ocp.args.JsonRestore())
         try:
             saved = self._manager.restore(number, args=items)
             facts, found = saved["facts"], saved["default"]
-            written, about = facts["digests"], facts["about"]
+            written, about = facts["checksums"], facts["about"]
         except Exception as error:  # whatever damage makes of it
             raise DamagedCheckpoint(
                 f"{where}: cannot be read: {str(error).split(chr(10))[0][:200]}"
             ) from error
         if written.keys() != plain.keys():
             raise DamagedCheckpoint(f"{where}: holds {len(written)} arrays, not {len(plain)}")
-        read = _digests(found)
-        wrong = [k for k, value in written.items() if value is not None and read[k] != value]
+        read = _checksums({name: found[name] for name in plain})
+        wrong = [name for name, value in written.items() if read[name] != value]
         if wrong:
             raise DamagedCheckpoint(f"{where}: array {wrong[0]} is not what was written (checksum)")
         leaves, structure = jax.tree.flatten(like)

@@ -1,17 +1,23 @@
 """Several processes, one run: what they agree on, and `kl-rl train` in two processes equals it in one."""
 
+import gc
 import json
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from training_world import FILES, contents, make_world
 
+from kl_rl.checkpoint import Checkpoints, DamagedCheckpoint
+from kl_rl.cli import main
 from kl_rl.processes import Group, agreed, is_first, join, named, share, summed, whole
 
 MESH = ("--mesh", "data=2,fsdp=2")
@@ -44,6 +50,28 @@ same = jax.jit(jnp.sum, out_shardings=jax.NamedSharding(make_mesh(data=4), jax.P
 got = whole({"rows": rows, "same": same, "host": np.ones(2)})
 assert np.array_equal(got["rows"], np.arange(8.0).reshape(4, 2)) and got["same"] == 28.0
 assert all(isinstance(x, np.ndarray) for x in got.values())
+"""
+
+
+SAVED = """
+import sys
+import numpy as np, jax
+jax.config.update("jax_num_cpu_devices", 2)
+from kl_rl.cli import main
+from kl_rl.checkpoint import Checkpoints, outline
+from kl_rl.processes import join, named, whole
+from kl_rl.sharding import make_mesh, place
+join(named(sys.argv[1]))
+mesh, values = make_mesh(2, 2), np.arange(32.0, dtype=np.float32).reshape(4, 8)
+tree = place({"x": values, "key": jax.random.key(3), "n": np.int32(5)}, mesh)
+store = Checkpoints(sys.argv[2])
+like = outline(tree)
+found = store.recover(like)  # of one process
+assert found.number == 1 and not found.damaged, found
+assert np.array_equal(whole(found.tree["x"]), values + 1) and not found.tree["x"].is_fully_addressable
+store.save(2, tree)
+store.save(3, tree)
+store.close()
 """
 
 
@@ -93,6 +121,37 @@ def test_two_processes_agree():
     address = free_address()
     codes, said = ended(together([[sys.executable, "-c", PRIMITIVES, f"{address},2,{i}"] for i in range(2)]))
     assert codes == [0, 0], said
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of failed reads
+def test_a_checkpoint_goes_from_one_process_to_two_and_back(tmp_path):
+    """And a bit that changes in what two processes have written is noticed."""
+    folder, values = tmp_path / "run", np.arange(32.0, dtype=np.float32).reshape(4, 8)
+    mine = {"x": jnp.asarray(values), "key": jax.random.key(3), "n": jnp.int32(5)}
+    store = Checkpoints(folder)
+    store.save(1, mine | {"x": mine["x"] + 1})
+    store.close()
+    address = free_address()
+    command = lambda i: [sys.executable, "-c", SAVED, f"{address},2,{i}", str(folder)]
+    codes, said = ended(together([command(i) for i in range(2)]))
+    assert codes == [0, 0], said
+    store = Checkpoints(folder)
+    np.testing.assert_array_equal(store.recover(mine).tree["x"], values)
+    store.close()
+    written = [p for p in (folder / "3" / "default").rglob("*") if p.is_file() and p.stat().st_size > 64]
+    noticed = 0
+    for path in written:
+        before = path.read_bytes()
+        path.write_bytes(bytes([*before[:-9], before[-9] ^ 1, *before[-8:]]))
+        store = Checkpoints(folder)
+        try:
+            store.restore(mine, 3)
+        except DamagedCheckpoint:
+            noticed += 1
+        store.close()
+        path.write_bytes(before)
+    assert noticed >= 2  # the data files, of both processes
+    gc.collect()  # what failed reads leave behind complains here
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +227,10 @@ def test_a_signal_to_one_process_stops_both_and_resume_is_bit_equal(world, tmp_p
     processes[1].send_signal(signal.SIGTERM)
     codes, said = ended(processes)
     assert codes == [143, 143] and "SIGTERM: saved after step" in said[0][1]
+    shutil.copytree(tmp_path / "cut", tmp_path / "alone")
+    result = world.kl_rl(*arguments(world, "rlhf", tmp_path / "alone", "--resume"))
+    assert result.returncode == 0, result.stderr
+    assert_equal_runs(tmp_path / "alone", tmp_path / "whole")
     codes, said = ended(two(world, "rlhf", tmp_path / "cut", "--resume"))
     assert codes == [0, 0], said
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole") and len(FILES) == 4
@@ -184,3 +247,19 @@ def test_a_problem_of_one_process_is_a_problem_of_both(world, tmp_path):
     assert codes == [2, 2] and "not a finite number, for prompt" in said[0][1], said
     codes, said = ended(two(world, "rlhf", out))
     assert codes == [2, 2] and all("already holds a run" in err for _, err in said), said
+    address = free_address()
+    commands = [
+        world.command(*arguments(world, "rlhf", out, "--distributed", f"{address},2,{i}", "--seed", i))
+        for i in range(2)
+    ]
+    codes, said = ended(together(commands, env=world.environment))
+    assert codes == [2, 2] and all("were not asked the same" in err for _, err in said), said
+
+
+def test_a_mesh_that_processes_cannot_share_is_refused(capsys):
+    files = ("--base", "b", "--prompts", "p", "--reward", "m:f", "--out", "o", "--batch", "4")
+    for mesh in ("data=2", "data=3"):
+        assert main(["train", "rlhf", *files, "--mesh", mesh, "--distributed", "host0:1234,4,0"]) == 2
+        assert f"--mesh {mesh}: 4 processes cannot have equal parts" in capsys.readouterr().err
+    assert main(["train", "rlhf", *files, "--distributed", "host0:1234,4,0"]) == 2
+    assert "--distributed needs --mesh" in capsys.readouterr().err

@@ -16,7 +16,7 @@ MODULES = sorted(p.relative_to(PACKAGE).with_suffix("").as_posix() for p in PACK
 
 # Lower number: further down. A module imports from its own layer or below; leaves are imported by leaves only.
 LAYERS = {
-    0: "numerics processes trajectories weights kl advantages objectives estimate samples".split(),
+    0: "numerics processes checksum trajectories weights kl advantages objectives estimate samples".split(),
     1: "policy posterior transform sampler streaming rollout sources automaton hidden_markov".split(),
     2: "algorithm families fit pretrain".split(),
     3: "exact flows dynamic".split(),

@@ -4,6 +4,8 @@ import dataclasses
 import gc
 import json
 import signal
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,13 @@ import numpy as np
 import pytest
 from training_world import contents, make_world, programs_kept
 
+from kl_rl.checkpoint import Checkpoints
 from kl_rl.compare.catalogue import CATALOGUE
 from kl_rl.huggingface import load_checkpoint
 from kl_rl.rollout import score
 from kl_rl.training import (
     BadRewardValue,
+    Diverged,
     Learning,
     PretrainPlan,
     Saving,
@@ -32,10 +36,11 @@ from kl_rl.training import (
 )
 from kl_rl.training import memory as memories
 from kl_rl.training.job import Job
+from kl_rl.training.model import model_folder
 from kl_rl.training.pretraining import planned_steps, read_text
 from kl_rl.training.prompts import order_of
 from kl_rl.training.returns import return_edges
-from kl_rl.training.rewards import HostReward, one_by_one
+from kl_rl.training.rewards import HostReward, load_reward, one_by_one, rewards_of
 from kl_rl.training.run import blank
 from kl_rl.trajectories import Trajectories
 
@@ -222,6 +227,75 @@ def test_a_bad_reward_stops_the_run_before_anything_is_used_up(bad, world):
     with pytest.raises(BadRewardValue, match=r"for prompt '.* and completion '"):
         advance(with_reward(job, lambda prompt, completion: bad), run, 0)
     assert not any(x.is_deleted() for x in jax.tree.leaves(run))
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_what_diverges_is_never_saved(name, world, tmp_path, monkeypatch):
+    """A gradient that is no number has ruined the weights, though the loss of that step was one."""
+
+    def ruined(job):
+        def step(*args):
+            run, info = job.programs.step(*args)
+            return run, info._replace(**{name: jnp.nan}) if int(args[-1]) == 2 else info
+
+        return job._replace(programs=job.programs._replace(step=step))
+
+    module = sys.modules["kl_rl.training.train"]
+    monkeypatch.setattr(module, "make_job", lambda settings: ruined(make_job(settings)))
+    settings, folder = asked(world, "rlhf"), fresh_folder(tmp_path, "run")
+    settings = dataclasses.replace(settings, saving=Saving(save_every=1))
+    with pytest.raises(Diverged, match=f"step 3: {name} is nan"):
+        train(settings, folder)
+    store = Checkpoints(folder / "checkpoints")
+    assert store.latest == 2
+    store.close()
+
+
+def test_texts_in_pieces_a_model_as_reward_and_every_option(world, tmp_path):
+    """Windows of a text as prompts, rewarded by the base model itself, tempered, in bfloat16, scanned, recomputed."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the sun is up and so it was a day " * 3)
+    task = Task(
+        "rlhf", str(world.base), str(prompts), str(world.base), beta=0.5, prompt_length=6, num_prompts=9
+    )
+    learning = Learning(1e-2, temperature=0.8, compute_dtype="bfloat16", scan_layers=True, remat=True, seed=3)
+    folder = fresh_folder(tmp_path, "run")
+    result = train(Settings(task, SIZES, learning), folder)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and result["steps"] == 4
+    assert all(row["reward"] < 0 for row in rows)  # log-likelihoods
+    assert rows[0]["log_ratio"] == pytest.approx(
+        0.0, abs=0.05
+    )  # plain, not tempered, policy against the base
+    assert np.isfinite([result[name] for name in ("kl", "P", "S", "C")]).all()
+
+
+def test_names_of_the_hub_are_bases_and_rewards(world, monkeypatch, tmp_path):
+    hub = types.ModuleType("huggingface_hub")
+    hub.snapshot_download = lambda name, allow_patterns: str(world.base / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert model_folder("org/tiny") == world.base / "model"
+    assert rewards_of(load_reward("org/tiny"), ["a "], ["sun"], skip=False) < 0
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for use in (load_reward, model_folder):
+        with pytest.raises(TrainingError, match=r"org/tiny: no such folder; .* pip install 'kl-rl\[hf\]'"):
+            use("org/tiny")
+
+
+def test_a_signal_during_the_agreement_counts_at_the_next_step(monkeypatch):
+    from kl_rl.training import preemption
+
+    with preemption.Preemption() as asked_to_stop:
+
+        def agreed(message):
+            if message is None:
+                signal.raise_signal(signal.SIGTERM)
+            return message
+
+        monkeypatch.setattr(preemption, "agreed", agreed)
+        assert not asked_to_stop.asked()
+        assert asked_to_stop.asked() and asked_to_stop.code == 143
 
 
 def test_a_bad_sample_is_replaced_by_a_good_one_of_its_group(world):

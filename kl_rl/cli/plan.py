@@ -13,8 +13,10 @@ __all__ = ["add_parser", "run"]
 
 _DESCRIPTION = """\
 Compile sampling and update of a fine-tune for a TPU slice without having one, and say what each device needs:
-memory by kind, whether it fits, communication by kind, floating-point operations. The programs are the ones that
-training runs: policy in float32 with AdamW, computed in bfloat16, frozen base, twist head, sampler with its cache."""
+memory by kind, whether it fits, communication by kind, floating-point operations. The programs are a method of the
+library with the sampler, in the setting of a large model: policy in float32 with AdamW, computed in bfloat16 with
+scanned and rematerialized layers, frozen base in bfloat16, twist head, cache. (`kl-rl train --compute-dtype bfloat16
+--scan-layers --remat` differs in that it keeps the base in float32.)"""
 
 _EPILOG = """\
 examples:

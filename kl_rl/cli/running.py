@@ -24,18 +24,22 @@ def held(folder: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[No
     Raises:
       OutputError: held by another process, of another run, or not to be written.
     """
-    from kl_rl.processes import agreed, is_first
+    from kl_rl.processes import agreed, is_first, same
     from kl_rl.session import OutputError, opened, provenance, write_atomically
 
     with contextlib.ExitStack() as stack:
-        problem = None
+        problem: OutputError | None = None
         try:
+            if not same(json.dumps(settings, sort_keys=True)):
+                raise OutputError(
+                    "the processes were not asked the same: give all of them the same options and files"
+                )
             if is_first():
                 stack.enter_context(opened(folder, json.loads(json.dumps(settings)), resume=resume))
                 if not (folder / "provenance.json").exists():
                     write_atomically(folder / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
-        except OutputError as error:
-            problem = error
+        except (OutputError, OSError) as error:
+            problem = error if isinstance(error, OutputError) else OutputError(f"{folder}: {error}")
         if (message := agreed(None if problem is None else str(problem))) is not None:
             raise OutputError(message) from problem
         yield
@@ -47,7 +51,7 @@ def said_how_to_resume(command: str, folder: Path) -> Iterator[list[int]]:
 
     In many processes all have the same status, and the first speaks.
     """
-    from kl_rl.checkpoint import SaveError
+    from kl_rl.checkpoint import SaveError, is_full
     from kl_rl.processes import is_first
     from kl_rl.training import BadRewardValue, Diverged, Stopped
 
@@ -59,10 +63,17 @@ def said_how_to_resume(command: str, folder: Path) -> Iterator[list[int]]:
     except Stopped as stop:
         say(f"{stop.signal}: saved after step {stop.step}; {advice}")
         code.append(stop.code)
-    except (BadRewardValue, Diverged) as error:
-        hint = "; or --on-bad-reward skip" if isinstance(error, BadRewardValue) else ""
-        say(f"{error}; nothing is lost: {advice}{hint}")
+    except BadRewardValue as error:
+        say(f"{error}; nothing is lost: {advice}; or --on-bad-reward skip")
+        code.append(2)
+    except Diverged as error:
+        say(f"{error}; start again in another --out with a smaller --lr or a larger --beta")
         code.append(2)
     except SaveError as error:
         say(f"{error}; make room, then {advice}")
+        code.append(1)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        say(f"{folder}: the disk is full; make room, then {advice}")
         code.append(1)

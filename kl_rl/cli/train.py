@@ -90,6 +90,12 @@ def add_parser(subparsers: Subparsers) -> None:
         "--compute-dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products"
     )
     parser.add_argument(
+        "--scan-layers", action="store_true", help="one compiled layer in a loop, for deep models"
+    )
+    parser.add_argument(
+        "--remat", action="store_true", help="recompute activations in the backward pass: less memory"
+    )
+    parser.add_argument(
         "--on-bad-reward", choices=("stop", "skip"), default="stop",
         help="if the reward fails or is no finite number: stop, or replace the sample by a good one of its group",
     )  # fmt: skip
@@ -169,7 +175,8 @@ def run(args: argparse.Namespace) -> int:
     _use_devices(args, settings)
     use_cache()
     task = settings.task
-    inputs = {name: fingerprint(getattr(task, name)) for name in ("prompts", "reward")}
+    reward_file = task.reward.rpartition(":")[0] if ".py:" in task.reward else task.reward
+    inputs = {"prompts": fingerprint(task.prompts), "reward": fingerprint(reward_file)}
     inputs["base"] = fingerprint(model_folder(task.base))
     asked = {"command": "train", **settings.compared(), "inputs": inputs}
     started = time.monotonic()
@@ -201,6 +208,8 @@ def _use_devices(args: argparse.Namespace, settings: Any) -> None:
     if spread and not axes:
         raise ValueError("--distributed needs --mesh, which counts the devices of all processes")
     group = named(args.distributed) if args.distributed else None
+    if group and math.prod(axes.values()) % group.total:
+        raise ValueError(f"--mesh {args.mesh}: {group.total} processes cannot have equal parts of it")
     if axes and (group or not spread):
         split_cpu(math.prod(axes.values()) // (group.total if group else 1))
     if spread:

@@ -83,6 +83,10 @@ def _mesh(settings: Settings) -> Mesh | None:
         )
     try:
         mesh = make_mesh(*(axes.get(name, 1) for name in AXES))
+        if jax.process_count() > 1 and mesh.size != jax.device_count():
+            raise ValueError(
+                f"{mesh.size} devices, but the processes have {jax.device_count()}: use all of them"
+            )
         check_mesh(config, mesh)
     except ValueError as error:
         raise TrainingError(f"--mesh: {error}") from error
@@ -102,8 +106,13 @@ def make_job(settings: Settings) -> Job:
       TrainingError, DataError, BadReward: for input that cannot be used.
     """
     chosen = choose(settings)
-    whole_heads = dict(settings.learning.mesh).get("tensor", 1) == 1
-    execution = Execution(compute_dtype=settings.learning.compute_dtype, fuse=whole_heads)
+    learning, whole_heads = settings.learning, dict(settings.learning.mesh).get("tensor", 1) == 1
+    execution = Execution(
+        compute_dtype=learning.compute_dtype,
+        scan_layers=learning.scan_layers,
+        remat=learning.remat,
+        fuse=whole_heads,
+    )
     reward = load_reward(settings.task.reward)
     mesh = _mesh(settings)
     model = load_model(settings.task.base, execution, mesh)
@@ -125,7 +134,6 @@ def make_job(settings: Settings) -> Job:
         mesh=mesh,
     )
     programs = make_programs(plan)
-    learning = settings.learning
     number = lambda x: _everywhere(np.float32(x), mesh)
     warm = None if learning.temperature == 1.0 else number(learning.temperature)
     knobs = Knobs(number(chosen.knob), number(learning.learning_rate), warm)

@@ -62,7 +62,7 @@ def pick_up(
 
     Args:
       folder: of the run.
-      like: a tree of the structure that is saved.
+      like: a tree of the structure that is saved, or its outline.
       names: of the journal's files.
       save_every: steps between two checkpoints.
       say: told about damaged checkpoints and missing rows.

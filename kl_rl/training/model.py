@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kl_rl.huggingface import Checkpoint, CheckpointError, load_checkpoint, read_config
+from kl_rl.huggingface import Checkpoint, CheckpointError, load_checkpoint, read_config, resolve
 from kl_rl.models import DecoderConfig, Execution, decoder_policy, decoder_twist, lora_policy
 from kl_rl.policy import Policy
 from kl_rl.sharding import weight_sharding
@@ -53,7 +53,7 @@ class Model(NamedTuple):
 
 
 def model_folder(folder: str | Path) -> Path:
-    """The folder itself, or ``model`` inside it if it is the output of a run.
+    """The folder itself, ``model`` inside it if it is the output of a run, or what the hub has under this name.
 
     Raises:
       TrainingError: no checkpoint there.
@@ -61,11 +61,10 @@ def model_folder(folder: str | Path) -> Path:
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file() and (path / "model" / "config.json").is_file():
         return path / "model"
-    if not path.is_dir():
-        raise TrainingError(
-            f"{folder}: no such folder; give a Hugging Face checkpoint or the output of a run"
-        )
-    return path
+    try:
+        return resolve(folder)
+    except OSError as error:
+        raise TrainingError(f"{error}; give a Hugging Face checkpoint or the output of a run") from error
 
 
 def architecture(folder: str | Path) -> DecoderConfig:

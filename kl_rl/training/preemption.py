@@ -30,8 +30,9 @@ class Preemption:
 
     def asked(self) -> bool:
         """Whether any process has received a signal, which then counts for all; all must ask at the same step."""
-        self.signal = agreed(self.signal)
-        return self.signal is not None
+        heard = agreed(self.signal)
+        self.signal = self.signal or heard  # one that has come meanwhile counts at the next step
+        return heard is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal == "SIGINT" and number == signal.SIGINT:

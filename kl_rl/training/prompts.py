@@ -101,8 +101,6 @@ def _text(name: str, length: int | None, model: Model) -> list[tuple[str, Conten
         ids = model.tokenizer.encode(text)
         starts = range(0, len(ids) - length + 1, length)
         found = [(f"{name}: token {s + 1}", Content(tokens=tuple(ids[s : s + length]))) for s in starts]
-        first = begin_of(model.tokenizer)
-        found = [(w, Content(tokens=c.tokens)) for w, c in found] if first is None else found
     if not found:
         raise TrainingError(f"{name}: holds no prompt; write one on each line")
     return found

@@ -56,7 +56,7 @@ def load_reward(spec: str) -> HostReward:
       spec: ``module:function`` or ``file.py:function``, called as ``function(prompt, completion)``; a word list or
         patterns (.json), or lines of token, tab, valence (.tsv, .txt: VADER); a Hugging Face folder: a reward model
         (sequence classification with one label), or a causal language model, whose log-likelihood of the completion,
-        in nats, is the reward.
+        in nats, is the reward; or such a model's name on the hub.
 
     Returns:
       The reward.
@@ -76,10 +76,20 @@ def load_reward(spec: str) -> HostReward:
         lexicon = load_lexicon(path)
         return HostReward(spec, one_by_one(lambda prompt, completion: lexicon.score(completion, prompt)))
     if ":" not in spec:
-        raise TrainingError(
-            f"{spec}: no such reward; give module:function, a word list (.json, .tsv, .txt) or a model folder"
-        )
+        return HostReward(spec, _of_hub(spec))
     return HostReward(spec, one_by_one(_function(spec)))
+
+
+def _of_hub(name: str) -> Values:
+    from kl_rl.huggingface import resolve
+    from kl_rl.training.model_rewards import model_reward
+
+    try:
+        return model_reward(resolve(name))
+    except OSError as error:
+        raise TrainingError(
+            f"{error}; a reward is module:function, a word list (.json, .tsv, .txt), a model folder or a hub name"
+        ) from error
 
 
 def _function(spec: str) -> Callable[[str, str], Any]:

@@ -25,7 +25,7 @@ _PROBES = 256  # samples of the base from which the return tokens are cut
 
 
 class Diverged(ValueError):
-    """The loss is not a number any more."""
+    """The loss or its gradient is not a number any more; what was saved before is intact."""
 
 
 class Rewarded(NamedTuple):
@@ -162,7 +162,7 @@ def advance(job: Job, run: Run, step: int) -> tuple[Run, dict[str, Any]]:
 
     Raises:
       BadRewardValue: before anything of the run is used up.
-      Diverged: the loss is not finite.
+      Diverged: the loss or the norm of its gradient is not finite.
     """
     number, prompts = job.array(np.int32(step)), job.train.take(job.order(step))
     row: dict[str, Any] = {"step": step + 1}
@@ -178,10 +178,9 @@ def advance(job: Job, run: Run, step: int) -> tuple[Run, dict[str, Any]]:
         batch = _placeholder(job, prompts)
     run, info = job.programs.step(job.base, run, _warmed(job, step), job.placed(batch), number)
     values = {name: float(x) for name, x in jax.device_get(info)._asdict().items()}
-    if not np.isfinite(values["loss"]):
-        raise Diverged(
-            f"step {step + 1}: the loss is {values['loss']}; use a smaller --lr or a larger --beta"
-        )
+    for name in ("loss", "grad_norm"):
+        if not np.isfinite(values[name]):
+            raise Diverged(f"step {step + 1}: {name} is {values[name]}")
     return run, values | row
 
 

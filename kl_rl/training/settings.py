@@ -108,6 +108,8 @@ class Learning:
       seed: of samples, prompt order and initialization.
       mesh: devices along ``data``, ``fsdp`` and ``tensor``.
       compute_dtype: of matrix products.
+      scan_layers: one compiled layer in a loop: deep models compile fast.
+      remat: recompute each layer in the backward pass instead of keeping its activations.
     """
 
     learning_rate: float = 1e-4
@@ -116,6 +118,8 @@ class Learning:
     seed: int = 0
     mesh: tuple[tuple[str, int], ...] = ()
     compute_dtype: str = "float32"
+    scan_layers: bool = False
+    remat: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be.

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kl_rl.processes import is_first
+from kl_rl.checkpoint import outline
+from kl_rl.processes import agreed, is_first
+from kl_rl.training.errors import TrainingError
 from kl_rl.training.evaluate import evaluation
 from kl_rl.training.export import export
 from kl_rl.training.job import make_job
@@ -63,13 +65,13 @@ def train(
     with Preemption() as preemption:
         progress(0.0, "opening the base model")
         job = make_job(settings)
-        kept, position = pick_up(folder, blank(job), FILES, settings.saving.save_every, say=say)
+        kept, position = pick_up(folder, outline(blank(job)), FILES, settings.saving.save_every, say=say)
         try:
             if position is None:
                 progress(0.0, "samples of the base model")
                 position = Position(0, start(job), {})
                 kept.save(0, position.tree)
-            sinks = make_sinks(position.step) if is_first() else ()
+            sinks = _opened(make_sinks, position.step)
             try:
                 session = _Session(job, kept, sinks, progress, folder)
                 run = run_steps(
@@ -81,6 +83,19 @@ def train(
                     sink.close()
         finally:
             kept.close()
+
+
+def _opened(make_sinks: MakeSinks, step: int) -> Sequence[Sink]:
+    """The first process has them; if they cannot be had, none goes on."""
+    sinks: Sequence[Sink] = ()
+    problem = None
+    try:
+        sinks = tuple(make_sinks(step)) if is_first() else ()
+    except TrainingError as error:
+        problem = error
+    if (message := agreed(None if problem is None else str(problem))) is not None:
+        raise TrainingError(message) from problem
+    return sinks
 
 
 class _Session:
