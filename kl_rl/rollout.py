@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from kl_rl import numerics
 from kl_rl.policy import Policy, log_prob_of
 from kl_rl.sampler import generate
 from kl_rl.trajectories import Trajectories
+from kl_rl.transform import Transform, transformed
 
 __all__ = ["prefix_values", "rollout", "sample", "score"]
 
@@ -86,20 +87,44 @@ def _grouped(function: Policy, batch: Trajectories) -> jax.Array:
     )
 
 
-def score(policy: Policy, batch: Trajectories) -> jax.Array:
+def _transformed_score(
+    policy: Policy, batch: Trajectories, transform: Transform, stop: Sequence[int]
+) -> jax.Array:
+    """One completion of each prompt at a time: all entries of a law are needed to truncate it."""
+    horizon = batch.tokens.shape[-1]
+
+    def one(tokens: jax.Array) -> jax.Array:
+        logits = policy.logits(batch.prompt, tokens)
+        model = numerics.safe_log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        law = transformed(transform, model, jnp.arange(horizon)[None], horizon=horizon, stop=stop)
+        return jnp.take_along_axis(law, tokens[..., None], axis=-1)[..., 0]
+
+    tokens = jnp.where(batch.mask > 0, batch.tokens, 0)
+    return jnp.moveaxis(jax.lax.map(one, jnp.moveaxis(tokens, 1, 0)), 0, 1)
+
+
+def score(
+    policy: Policy, batch: Trajectories, transform: Transform | None = None, *, stop: Sequence[int] = ()
+) -> jax.Array:
     """Teacher-forced token log-probabilities of a batch under a policy, in nats; 0 on masked or uncontrolled tokens.
 
     Args:
       policy: the model.
-      batch: the trajectories.
+      batch: the trajectories; T is the horizon they were drawn with, where that matters to the transform.
+      transform: score under this transformation of the model, as the sampler records it in ``log_behaviour``; -inf
+        for what it excludes. The logits [P, T, V] of one completion of each prompt then exist at a time.
+      stop: stop tokens of the transform.
 
     Returns:
       [P, K, T].
     """
-    log_probs = _grouped(policy, batch)
-    if policy.scorer is None:
-        tokens = jnp.where(batch.mask > 0, batch.tokens, 0)
-        log_probs = log_prob_of(log_probs, tokens)
+    if transform is not None and not transform.identity:
+        log_probs = _transformed_score(policy, batch, transform, stop)
+    else:
+        log_probs = _grouped(policy, batch)
+        if policy.scorer is None:
+            tokens = jnp.where(batch.mask > 0, batch.tokens, 0)
+            log_probs = log_prob_of(log_probs, tokens)
     return numerics.multiply_no_nan(log_probs, batch.action_mask.astype(log_probs.dtype))
 
 

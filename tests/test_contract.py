@@ -114,6 +114,10 @@ def test_behaviour_is_the_transformed_model(kind):
     chosen = jnp.take_along_axis(law, drawn.tokens[..., None], axis=-1)[..., 0]
     chosen = jnp.where(drawn.mask > 0, chosen, 0.0)  # what lies behind the mask may be impossible
     np.testing.assert_allclose(drawn.log_behaviour, chosen, atol=BOUND["float32"], rtol=0)
+    scored = jax.jit(lambda policy, batch: score(policy, batch, transform, stop=stop))(
+        policy, trajectories(prompt, drawn)
+    )
+    np.testing.assert_allclose(drawn.log_behaviour, scored, atol=BOUND["float32"], rtol=0)
     assert np.isfinite(drawn.log_behaviour).all()
     np.testing.assert_allclose(jnp.exp(law).sum(-1), 1.0, atol=1e-6)
     if transform.min_length:

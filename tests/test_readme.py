@@ -25,7 +25,7 @@ def test_readme_has_an_example():
     assert 10 <= len(examples) <= 16
 
 
-@pytest.mark.parametrize("command", [[], ["compare"], ["exact"], ["measure"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in "compare exact measure pretrain train sample plan".split())])
 def test_help_has_examples(command):
     line = [sys.executable, "-m", "kl_rl", *command, "--help"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)

@@ -1,6 +1,7 @@
 """The commands as processes: killed and resumed bit-equal, one writer per folder, bad input in one line."""
 
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -52,15 +53,15 @@ def finished(world):
     return run
 
 
-def begun(world, out, method="rlhf"):
-    """A process in the middle of its run: the first rows are written."""
+def begun(world, out, method="rlhf", rows=1):
+    """A process in the middle of its run: that many rows are written."""
     process = subprocess.Popen(
         world.command(*train_command(world, out, method, "--resume")),
         env=world.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     before = lines_in(out)
     deadline = time.monotonic() + 300
-    while lines_in(out) <= before and process.poll() is None and time.monotonic() < deadline:
+    while lines_in(out) < before + rows and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     return process
 
@@ -82,7 +83,7 @@ def killed_while_saving(world, out, method):
 
 
 def interrupted_and_resumed(world, out, method):
-    process = begun(world, out, method)
+    process = begun(world, out, method, rows=random.randint(1, 4))  # bit-equal wherever it stops
     process.send_signal(signal.SIGTERM)
     message = process.communicate()[1]
     assert process.returncode == 143 and "SIGTERM: saved after step" in message and "--resume" in message
