@@ -25,7 +25,10 @@ def test_readme_has_an_example():
     assert 10 <= len(examples) <= 16
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in "compare exact measure pretrain train sample plan".split())])
+COMMANDS = "compare exact measure pretrain train sample plan".split()
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_has_examples(command):
     line = [sys.executable, "-m", "kl_rl", *command, "--help"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)

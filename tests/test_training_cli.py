@@ -162,7 +162,7 @@ BAD = {
     "unknown kind of prompts": ({"--prompts": "words.json"}, "not a known kind of data"),
     "module that is not there": ({"--reward": "no_module:f"}, "cannot import no_module"),
     "function that is not there": ({"--reward": "rewards.py:f"}, "has no function 'f'"),
-    "no reward": ({"--reward": "nothing"}, "give module:function"),
+    "no reward": ({"--reward": "nothing"}, "a reward is module:function"),
     "malformed words": ({"--reward": "bad.json"}, "bad.json: line 1"),
     "mesh": ({"--mesh": "data=2,depth=2"}, "'depth=2' is not data=N"),
     "mesh and batch": ({"--mesh": "data=3"}, "--batch 2 cannot be split over data x fsdp = 3"),
@@ -222,6 +222,8 @@ def test_bad_input_is_one_clear_line(name, world, bad_input, tmp_path, capsys, m
     assert main(command) == 2
     said = capsys.readouterr().err
     assert message in said and said.startswith("kl-rl train: ") and said.count("\n") == 1
+    begun_anyway = (tmp_path / "run" / "checkpoints").exists()  # a reward fails on the first samples only
+    assert begun_anyway == name.startswith("reward ") == (tmp_path / "run" / "run.json").exists()
 
 
 def test_short_text_and_overfull_context_are_said(world, tmp_path, capsys):

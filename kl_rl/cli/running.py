@@ -13,8 +13,26 @@ __all__ = ["held", "said_how_to_resume"]
 
 
 @contextlib.contextmanager
+def _opened(folder: Path, settings: dict[str, Any], resume: bool) -> Iterator[None]:
+    from kl_rl.processes import is_first, same
+    from kl_rl.session import OutputError, opened, provenance, write_atomically
+
+    if not same(json.dumps(settings, sort_keys=True)):
+        raise OutputError("the processes were not asked the same: give all the same options and files")
+    if not is_first():
+        yield
+        return
+    with opened(folder, json.loads(json.dumps(settings)), resume=resume):
+        if not (folder / "provenance.json").exists():
+            write_atomically(folder / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
+        yield
+
+
+@contextlib.contextmanager
 def held(folder: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[None]:
     """The folder of a run, locked by the first process; ``run.json`` and ``provenance.json`` are in it.
+
+    If a new run fails before its first checkpoint they are taken out again, so that it can be asked for otherwise.
 
     Args:
       folder: made if missing.
@@ -24,25 +42,25 @@ def held(folder: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[No
     Raises:
       OutputError: held by another process, of another run, or not to be written.
     """
-    from kl_rl.processes import agreed, is_first, same
-    from kl_rl.session import OutputError, opened, provenance, write_atomically
+    from kl_rl.processes import agreed, is_first
+    from kl_rl.session import OutputError
 
     with contextlib.ExitStack() as stack:
-        problem: OutputError | None = None
+        problem: Exception | None = None
+        new = is_first() and not (folder / "run.json").exists()
         try:
-            if not same(json.dumps(settings, sort_keys=True)):
-                raise OutputError(
-                    "the processes were not asked the same: give all of them the same options and files"
-                )
-            if is_first():
-                stack.enter_context(opened(folder, json.loads(json.dumps(settings)), resume=resume))
-                if not (folder / "provenance.json").exists():
-                    write_atomically(folder / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
+            stack.enter_context(_opened(folder, settings, resume))
         except (OutputError, OSError) as error:
-            problem = error if isinstance(error, OutputError) else OutputError(f"{folder}: {error}")
+            problem = error
         if (message := agreed(None if problem is None else str(problem))) is not None:
             raise OutputError(message) from problem
-        yield
+        try:
+            yield
+        except BaseException:
+            if new and not (folder / "checkpoints").exists():  # nothing has begun: other options may follow
+                for name in ("run.json", "provenance.json"):
+                    (folder / name).unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager

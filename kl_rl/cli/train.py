@@ -175,8 +175,9 @@ def run(args: argparse.Namespace) -> int:
     _use_devices(args, settings)
     use_cache()
     task = settings.task
-    reward_file = task.reward.rpartition(":")[0] if ".py:" in task.reward else task.reward
-    inputs = {"prompts": fingerprint(task.prompts), "reward": fingerprint(reward_file)}
+    inputs = {
+        name: fingerprint(getattr(task, name)) for name in ("prompts", "reward")
+    }  # functions may be mended
     inputs["base"] = fingerprint(model_folder(task.base))
     asked = {"command": "train", **settings.compared(), "inputs": inputs}
     started = time.monotonic()

@@ -24,8 +24,9 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
     except Exception as error:
+        reason = str(error).split("\n")[0]
         raise FileNotFoundError(
-            f"{name}: no such folder, and the Hugging Face hub did not give it: {type(error).__name__}: {error}"
+            f"{name}: no such folder, and the Hugging Face hub did not give it: {type(error).__name__}: {reason}"
         ) from error
 
 
