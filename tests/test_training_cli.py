@@ -164,6 +164,7 @@ BAD = {
     "function that is not there": ({"--reward": "rewards.py:f"}, "has no function 'f'"),
     "no reward": ({"--reward": "nothing"}, "a reward is module:function"),
     "malformed words": ({"--reward": "bad.json"}, "bad.json: line 1"),
+    "no room": ({"--horizon": "40"}, "--horizon 40 leaves no room for a prompt in a context of 40"),
     "mesh": ({"--mesh": "data=2,depth=2"}, "'depth=2' is not data=N"),
     "mesh and batch": ({"--mesh": "data=3"}, "--batch 2 cannot be split over data x fsdp = 3"),
     "mesh and model": ({"--mesh": "tensor=4"}, "--mesh: "),

@@ -49,6 +49,10 @@ def load_prompts(settings: Settings, model: Model) -> Prompts:
     task, tokenizer, begin = settings.task, model.tokenizer, begin_of(model.tokenizer)
     slot = [] if begin is not None or model.first_token < 0 else [-1]
     render = tokenizer.apply_chat if tokenizer.chat_template is not None else None
+    if settings.sizes.horizon >= model.config.context - len(slot):
+        raise TrainingError(
+            f"--horizon {settings.sizes.horizon} leaves no room for a prompt in a context of {model.config.context}"
+        )
     limits = Limits(context=model.config.context - len(slot), completion=settings.sizes.horizon)
     encoder = Encoder(tokenizer, limits, render=render, add_end=False, begin=begin)
     rows = []
