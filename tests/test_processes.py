@@ -1,6 +1,5 @@
 """Several processes, one run: what they agree on, and `kl-rl train` in two processes equals it in one."""
 
-import gc
 import json
 import shutil
 import signal
@@ -16,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 from training_world import FILES, contents, make_world
 
-from kl_rl.checkpoint import Checkpoints, DamagedCheckpoint
+from kl_rl.checkpoint import Checkpoints
 from kl_rl.cli import main
 from kl_rl.processes import Group, agreed, is_first, join, named, share, summed, whole
 
@@ -75,6 +74,28 @@ store.close()
 """
 
 
+# In a process of its own: failed reads of orbax leave coroutines behind that complain when they are collected.
+FLIPPED = """
+import pathlib, sys
+import jax, jax.numpy as jnp
+from kl_rl.checkpoint import Checkpoints, DamagedCheckpoint
+folder, noticed = pathlib.Path(sys.argv[1]), 0
+like = {"x": jnp.zeros((4, 8)), "key": jax.random.key(0), "n": jnp.int32(0)}
+for path in (folder / "3" / "default").rglob("*"):
+    if path.is_file() and path.stat().st_size > 64:
+        before = path.read_bytes()
+        path.write_bytes(bytes([*before[:-9], before[-9] ^ 1, *before[-8:]]))
+        store = Checkpoints(folder)
+        try:
+            store.restore(like, 3)
+        except DamagedCheckpoint:
+            noticed += 1
+        store.close()
+        path.write_bytes(before)
+print(noticed)
+"""
+
+
 def free_address():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -123,7 +144,6 @@ def test_two_processes_agree():
     assert codes == [0, 0], said
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of failed reads
 def test_a_checkpoint_goes_from_one_process_to_two_and_back(tmp_path):
     """And a bit that changes in what two processes have written is noticed."""
     folder, values = tmp_path / "run", np.arange(32.0, dtype=np.float32).reshape(4, 8)
@@ -138,20 +158,10 @@ def test_a_checkpoint_goes_from_one_process_to_two_and_back(tmp_path):
     store = Checkpoints(folder)
     np.testing.assert_array_equal(store.recover(mine).tree["x"], values)
     store.close()
-    written = [p for p in (folder / "3" / "default").rglob("*") if p.is_file() and p.stat().st_size > 64]
-    noticed = 0
-    for path in written:
-        before = path.read_bytes()
-        path.write_bytes(bytes([*before[:-9], before[-9] ^ 1, *before[-8:]]))
-        store = Checkpoints(folder)
-        try:
-            store.restore(mine, 3)
-        except DamagedCheckpoint:
-            noticed += 1
-        store.close()
-        path.write_bytes(before)
-    assert noticed >= 2  # the data files, of both processes
-    gc.collect()  # what failed reads leave behind complains here
+    done = subprocess.run(
+        [sys.executable, "-c", FLIPPED, str(folder)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) >= 2  # the data files, of both processes
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +207,7 @@ def assert_equal_runs(one, other):
         np.testing.assert_allclose(value, weights[1][name], atol=3e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_in_two_processes_equals_it_in_one(world, tmp_path):
     result = world.kl_rl(*arguments(world, "rlhf", tmp_path / "one"))
     assert result.returncode == 0, result.stderr
