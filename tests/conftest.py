@@ -5,6 +5,7 @@
 
 import os
 import re
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -99,3 +100,13 @@ def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.write_line(
         f"theorems checked: {len(checked & stated)} (of {len(stated)} in theory_notes)"
     )
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of a stored checkpoint, by name, that may be damaged."""
+
+    def make(name):
+        return Path(shutil.copytree(Path(__file__).parent / "checkpoints" / name, tmp_path / name))
+
+    return make

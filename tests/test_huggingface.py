@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +19,6 @@ from kl_rl.huggingface import (
 from kl_rl.models.config import DecoderConfig
 from kl_rl.models.weights import weight_shapes
 from kl_rl.tokenizer import ByteTokenizer, load_tokenizer
-
-
-@pytest.fixture
-def copy(tmp_path):
-    """A copy of a checkpoint that may be damaged."""
-
-    def make(name):
-        return Path(shutil.copytree(HERE / name, tmp_path / name))
-
-    return make
 
 
 def base_size(folder):

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +23,6 @@ from kl_rl.huggingface import (
     load_checkpoint,
     save_checkpoint,
 )
-
-
-@pytest.fixture
-def copy(tmp_path):
-    """A copy of a checkpoint that may be damaged."""
-
-    def make(name):
-        return Path(shutil.copytree(HERE / name, tmp_path / name))
-
-    return make
 
 
 def test_missing_files_are_named(copy, tmp_path):

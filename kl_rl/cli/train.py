@@ -175,9 +175,7 @@ def run(args: argparse.Namespace) -> int:
     _use_devices(args, settings)
     use_cache()
     task = settings.task
-    inputs = {
-        name: fingerprint(getattr(task, name)) for name in ("prompts", "reward")
-    }  # functions may be mended
+    inputs = {name: fingerprint(getattr(task, name)) for name in ("prompts", "reward")}  # not of functions
     inputs["base"] = fingerprint(model_folder(task.base))
     asked = {"command": "train", **settings.compared(), "inputs": inputs}
     started = time.monotonic()
