@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import logging
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +14,7 @@ import numpy as np
 
 from kl_rl.checksum import checksums
 from kl_rl.processes import agreed, is_first
+from kl_rl.strays import only_the_exception
 
 __all__ = ["Checkpoints", "DamagedCheckpoint", "Recovered", "SaveError", "is_full", "outline"]
 
@@ -97,29 +95,6 @@ def is_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in _FULL or any(word in text for word in _FULL_WORDS)
 
 
-@contextlib.contextmanager
-def _said_once() -> Iterator[None]:
-    """A save that fails is reported by its exception alone.
-
-    The threads that write report it too, each with a traceback, some of them after the save has ended: their reports
-    are dropped, from then on if it fails.
-    """
-    threads = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before, quiet = sys.unraisablehook, lambda record: record.levelno < logging.ERROR
-
-    def unless_loop_closed(report: Any) -> None:
-        if "Event loop is closed" not in str(report.exc_value):
-            before(report)
-
-    for logger in threads:
-        logger.addFilter(quiet)
-    sys.unraisablehook = unless_loop_closed
-    yield
-    sys.unraisablehook = before
-    for logger in threads:
-        logger.removeFilter(quiet)
-
-
 class Checkpoints:
     """Numbered checkpoints in a folder; a save that was cut short is ignored when the folder is opened again.
 
@@ -162,7 +137,7 @@ class Checkpoints:
             if (problem := agreed(self._no_space(sum(x.nbytes for x in plain.values())))) is not None:
                 raise OSError(errno.ENOSPC, problem)
             items = ocp.args.Composite(default=ocp.args.StandardSave(plain), facts=ocp.args.JsonSave(facts))
-            with _said_once():
+            with only_the_exception():
                 self._manager.save(number, args=items)
                 self._manager.wait_until_finished()
         except Exception as error:  # orbax and tensorstore raise many kinds
@@ -208,7 +183,8 @@ class Checkpoints:
         plain, where = _plain_outline(like), f"{self._folder / str(number)}"
         items = ocp.args.Composite(default=ocp.args.StandardRestore(plain), facts=ocp.args.JsonRestore())
         try:
-            saved = self._manager.restore(number, args=items)
+            with only_the_exception():
+                saved = self._manager.restore(number, args=items)
             facts, found = saved["facts"], saved["default"]
             written, about = facts["checksums"], facts["about"]
         except Exception as error:  # whatever damage makes of it
