@@ -58,16 +58,6 @@ def _split(config: Config) -> tuple[Any, Callable[[Any], Any]]:
     return mesh, lambda array: jax.device_put(array, rows)
 
 
-def _in_parts(make: Any, optimizer: Any, parts: int):
-    from kl_rl.sharding import accumulated
-
-    return (
-        make(optimizer=optimizer)
-        if parts == 1
-        else accumulated(lambda o: make(optimizer=o), optimizer, parts)
-    )
-
-
 def rl(config: Config) -> Program:
     """Sample groups, score them under the frozen base, update the policy: RLOO in one compiled program."""
     import jax
@@ -75,11 +65,12 @@ def rl(config: Config) -> Program:
     import optax
 
     import kl_rl
+    from kl_rl.parts import in_parts
     from kl_rl.sharding import jit_step, place
 
     _, base = _base(config, config.vocab)
     mesh, rows = _split(config)
-    algorithm = _in_parts(kl_rl.reinforce, optax.adamw(config.rl_rate), config.rl_parts)
+    algorithm = kl_rl.reinforce(optimizer=in_parts(optax.adamw(config.rl_rate), config.rl_parts))
     posterior = kl_rl.Posterior(base, kl_rl.Tilt(config.beta))
     prompts = _prompts(config, config.batch // config.group)
 
@@ -99,11 +90,12 @@ def dpo(config: Config) -> Program:
     import optax
 
     import kl_rl
+    from kl_rl.parts import in_parts
     from kl_rl.sharding import jit_step, place, place_batch
 
     _, base = _base(config, config.vocab)
     mesh, _ = _split(config)
-    algorithm = _in_parts(kl_rl.dpo, optax.adamw(config.rl_rate), config.dpo_parts)
+    algorithm = kl_rl.dpo(optimizer=in_parts(optax.adamw(config.rl_rate), config.dpo_parts))
     posterior = kl_rl.Posterior(base, kl_rl.Tilt(config.dpo_beta))
     prompts, rng = _prompts(config, config.batch), np.random.default_rng(config.seed)
     ones = np.ones((config.batch, 2, config.new), np.float32)

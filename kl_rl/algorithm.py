@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from kl_rl import advantages, numerics, weights
+from kl_rl.parts import map_parts, num_parts, value_and_grad
 from kl_rl.policy import Policy
 from kl_rl.posterior import Evidence, Posterior, check_temperature
 from kl_rl.rollout import prefix_values, score
@@ -138,10 +139,15 @@ def _identity(batch: Trajectories) -> tuple[Trajectories, jax.Array]:
     return batch, batch.prompt
 
 
-def _scored(
-    policy: Policy, twist: Policy | None, posterior: Posterior, batch: Trajectories, base_prompt: jax.Array
-) -> Scored:
-    log_evidence = posterior.evidence.log_evidence(batch.reward)
+class _Seen(NamedTuple):
+    """A batch as the policy sees it, and its prompts as p0 sees them; [P, L]."""
+
+    trajectories: Trajectories
+    base_prompt: jax.Array
+
+
+def _scored(policy: Policy, twist: Policy | None, posterior: Posterior, seen: _Seen) -> Scored:
+    batch, log_evidence = seen.trajectories, posterior.evidence.log_evidence(seen.trajectories.reward)
     log_twist = None
     if twist is not None:
         log_twist = advantages.terminal_twist(prefix_values(twist, batch), log_evidence, batch.mask)
@@ -150,7 +156,7 @@ def _scored(
     )
     return Scored(
         log_q=score(policy, batch),
-        log_base=jax.lax.stop_gradient(score(posterior.base, batch._replace(prompt=base_prompt))),
+        log_base=jax.lax.stop_gradient(score(posterior.base, batch._replace(prompt=seen.base_prompt))),
         log_behaviour=log_behaviour,
         mask=batch.action_mask,
         live=batch.mask,
@@ -158,6 +164,16 @@ def _scored(
         log_evidence=log_evidence,
         log_twist=log_twist,
     )
+
+
+def _params(state: State) -> dict[str, Any]:
+    own = {"policy": state.policy.params}
+    return own if state.twist is None else own | {"twist": state.twist.params}
+
+
+def _with_params(state: State, params: dict[str, Any]) -> tuple[Policy, Policy | None]:
+    twist = None if state.twist is None else state.twist.with_params(params["twist"])
+    return state.policy.with_params(params["policy"]), twist
 
 
 def gradient_algorithm(
@@ -179,7 +195,7 @@ def gradient_algorithm(
     Args:
       loss: ``(scored, evidence, extra) -> (losses [P, K] or [P], weights [P, K])``; the mean of the losses is
         minimized, the weights only feed ``Info.ess``.
-      optimizer: for the policy's parameters.
+      optimizer: for the policy's parameters; ``kl_rl.parts.in_parts`` of one adds up gradients over parts of a batch.
       behaviour: who draws the samples.
       deploy: the learned policy.
       prepare: applied to each batch first (relabelling, pairing); returns it with the prompts that p0 is to see.
@@ -197,6 +213,7 @@ def gradient_algorithm(
       ValueError: from ``step``, while tracing, if K is too small or the evidence is hard where it may not be.
     """
     transforms = {"policy": optimizer, "twist": twist_optimizer or optimizer}
+    parts = num_parts(optimizer)
 
     def init(policy: Policy) -> State:
         optimizers = {"policy": transforms["policy"].init(policy.params)}
@@ -205,21 +222,14 @@ def gradient_algorithm(
         extras = None if extra is None else extra.init(policy)
         return State(policy, twist, optimizers, extras, jnp.zeros((), jnp.int32))
 
-    def descend(
-        state: State, posterior: Posterior, batch: Trajectories, base_prompt: jax.Array
-    ) -> tuple[State, Info]:
-        params = {"policy": state.policy.params}
-        if state.twist is not None:
-            params["twist"] = state.twist.params
-
-        def objective(params):
-            head = None if state.twist is None else state.twist.with_params(params["twist"])
-            policy = state.policy.with_params(params["policy"])
-            scored = _scored(policy, head, posterior, batch, base_prompt)
+    def descend(state: State, posterior: Posterior, batch: _Seen) -> tuple[State, Info]:
+        def objective(params: dict[str, Any], part: _Seen) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            scored = _scored(*_with_params(state, params), posterior, part)
             losses, weight = loss(scored, posterior.evidence, state.extra)
-            return jnp.mean(losses), (scored, weight)
+            return jnp.mean(losses), (scored.log_ratio, weight)
 
-        (value, (scored, weight)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        params = _params(state)
+        (value, (log_ratio, weight)), grads = value_and_grad(objective, params, batch, parts)
         optimizers, updated = {}, {}
         for name in params:
             updates, optimizers[name] = transforms[name].update(
@@ -228,14 +238,12 @@ def gradient_algorithm(
             updated[name] = optax.apply_updates(params[name], updates)
         info = Info(
             loss=value,
-            reward=jnp.mean(batch.reward),
-            log_ratio=jnp.mean(scored.log_ratio),
+            reward=jnp.mean(batch.trajectories.reward),
+            log_ratio=jnp.mean(log_ratio),
             ess=weights.effective_sample_size(weight.reshape(-1)) / weight.size,
             grad_norm=optax.tree.norm(grads),
         )
-        head = None if state.twist is None else state.twist.with_params(updated["twist"])
-        policy = state.policy.with_params(updated["policy"])
-        return State(policy, head, optimizers, state.extra, state.step + 1), info
+        return State(*_with_params(state, updated), optimizers, state.extra, state.step + 1), info
 
     def step(state: State, posterior: Posterior, batch: Trajectories) -> tuple[State, Info]:
         if soft_evidence and posterior.evidence.hard:
@@ -246,14 +254,13 @@ def gradient_algorithm(
             )
         check_temperature(posterior.evidence)
         check_trajectories(batch, min_samples=min_samples)
-        batch, base_prompt = prepare(batch)
+        seen = _Seen(*prepare(batch))
         if extra is not None:
-            scored = _scored(state.policy, state.twist, posterior, batch, base_prompt)
-            state = state._replace(extra=extra.update(state.extra, state, scored, batch))
+            scored = map_parts(lambda part: _scored(state.policy, state.twist, posterior, part), seen, parts)
+            state = state._replace(extra=extra.update(state.extra, state, scored, seen.trajectories))
         if epochs == 1:
-            return descend(state, posterior, batch, base_prompt)
-        again = lambda s, _: descend(s, posterior, batch, base_prompt)
-        state, infos = jax.lax.scan(again, state, None, length=epochs)
+            return descend(state, posterior, seen)
+        state, infos = jax.lax.scan(lambda s, _: descend(s, posterior, seen), state, None, length=epochs)
         return state, jax.tree.map(lambda x: x[0], infos)
 
     return Algorithm(init, behaviour, step, deploy)

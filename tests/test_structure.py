@@ -16,8 +16,8 @@ MODULES = sorted(p.relative_to(PACKAGE).with_suffix("").as_posix() for p in PACK
 
 # Lower number: further down. A module imports from its own layer or below; leaves are imported by leaves only.
 LAYERS = {
-    0: "numerics processes checksum trajectories weights kl advantages objectives estimate samples".split(),
-    1: "policy posterior transform sampler streaming rollout sources automaton hidden_markov".split(),
+    0: "numerics processes checksum strays trajectories weights kl advantages objectives estimate samples".split(),
+    1: "policy posterior transform sampler streaming rollout sources automaton hidden_markov parts".split(),
     2: "algorithm families fit pretrain".split(),
     3: "exact flows dynamic".split(),
     4: "budget calibration scores queries sbc".split(),

@@ -390,6 +390,17 @@ def test_a_run_goes_on_with_another_mesh(world, tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+def test_a_step_in_parts_equals_a_step(world):
+    """Gradients of four prompts, together and in two parts: equal to rounding."""
+    rows = []
+    for parts in (1, 2):
+        sizes = dataclasses.replace(SIZES, batch=4, gradient_accumulation=parts)
+        job = make_job(asked(world, "vargrad", sizes=sizes))
+        assert job.settings.compared()["gradient_accumulation"] == parts
+        rows.append(advance(job, start(job), 0)[1])
+    assert {name: rows[0][name] for name in rows[0]} == pytest.approx(rows[1], rel=1e-5, abs=1e-6)
+
+
 def test_measurements_start_at_zero(world, tmp_path):
     """Before the first step q is p0: every divergence is 0 up to rounding."""
     folder = fresh_folder(tmp_path, "run")

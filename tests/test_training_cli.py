@@ -168,6 +168,15 @@ BAD = {
     "mesh": ({"--mesh": "data=2,depth=2"}, "'depth=2' is not data=N"),
     "mesh and batch": ({"--mesh": "data=3"}, "--batch 2 cannot be split over data x fsdp = 3"),
     "mesh and model": ({"--mesh": "tensor=4"}, "--mesh: "),
+    "parts": ({"--gradient-accumulation": "3"}, "--gradient-accumulation must divide --batch = 2; got 3"),
+    "parts and mesh": (
+        {"--gradient-accumulation": "2", "--mesh": "data=2"},
+        "--batch 2 in 2 parts cannot be split over data x fsdp = 2 devices: use a multiple of 4",
+    ),
+    "pooled parts": (
+        {"method": "rwr", "--gradient-accumulation": "2"},
+        "rwr normalizes its weights over the whole batch: it cannot have --gradient-accumulation",
+    ),
     "beta": ({"--beta": "0"}, "--beta must be positive"),
     "n": ({"method": "best-of-n", "--n": "5"}, "--n must be at most --num-samples = 4"),
     "threshold": ({"method": "filter"}, "needs --threshold"),

@@ -50,6 +50,10 @@ def add_parser(subparsers: Subparsers) -> None:
     add("--prompt", type=int, default=512, metavar="L", help="tokens of a prompt (default: 512)")
     add("--horizon", type=int, default=512, metavar="T", help="new tokens (default: 512)")
     add("--samples", type=int, default=4, metavar="K", help="completions of each prompt (default: 4)")
+    add(
+        "--gradient-accumulation", type=int, default=1, metavar="N",
+        help="add up the gradients of N parts of the batch",
+    )  # fmt: skip
     add("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank only")
     add(
         "--twist",
@@ -87,7 +91,14 @@ def run(args: argparse.Namespace) -> int:
     config = read_model(args.model)
     topology = find_topology(args.topology)
     setting = Setting(
-        args.method, args.batch, args.prompt, args.horizon, args.samples, args.lora, args.twist == "trunk"
+        method=args.method,
+        prompts=args.batch,
+        prompt_length=args.prompt,
+        horizon=args.horizon,
+        samples=args.samples,
+        lora=args.lora,
+        twist_trunk=args.twist == "trunk",
+        parts=args.gradient_accumulation,
     )
     plan = make_plan(config, setting, topology, parse_mesh(args.mesh, len(topology.devices)))
     if args.json:

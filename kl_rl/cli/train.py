@@ -47,6 +47,12 @@ OPTIONS: tuple[tuple[str, Any, str, str], ...] = (
     ("num-prompts", int, "N", "use at most N prompts, spread over the file"),
     ("steps", int, "N", "training steps (default 200)"),
     ("batch", int, "B", "prompts per step (default 8)"),
+    (
+        "gradient-accumulation",
+        int,
+        "N",
+        "add up the gradients of N parts of the batch: less memory (default 1)",
+    ),
     ("num-samples", int, "K", "completions of each prompt (default 8)"),
     ("horizon", int, "T", "longest completion, tokens (default 48)"),
     ("held-out", int, "N", "prompts kept to measure on (default 8)"),

@@ -16,6 +16,7 @@ import optax
 from kl_rl import families, sources
 from kl_rl.algorithm import Algorithm
 from kl_rl.families.conditioning import ReturnPrior
+from kl_rl.parts import in_parts
 from kl_rl.policy import Policy
 from kl_rl.posterior import Evidence, Threshold, Tilt
 from kl_rl.rollout import RewardFn
@@ -40,6 +41,7 @@ class Context(NamedTuple):
       learning_rate: peak learning rate of the policy.
       steps: gradient steps planned, for the schedule.
       data_size: samples per prompt of a logged data set.
+      parts: of a batch, over which gradients add up.
     """
 
     prompt: jax.Array
@@ -54,12 +56,13 @@ class Context(NamedTuple):
     learning_rate: float
     steps: int
     data_size: int
+    parts: int = 1
 
     def optimizer(self, factor: float = 1.0) -> optax.GradientTransformation:
         """Adam with a global-norm clip and a linear decay to a tenth: averages out sampling noise at the end."""
         peak = self.learning_rate * factor
         schedule = optax.linear_schedule(peak, 0.1 * peak, self.steps)
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+        return in_parts(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)), self.parts)
 
     def fresh(self) -> Source:
         """On-policy or base samples, as the method asks."""

@@ -16,6 +16,7 @@ from kl_rl.models.decoder import decoder_policy
 from kl_rl.models.lora import lora_policy
 from kl_rl.models.twist import decoder_twist
 from kl_rl.models.weights import init_weights
+from kl_rl.parts import in_parts
 from kl_rl.plan.methods import METHODS
 from kl_rl.plan.setting import Setting
 from kl_rl.policy import Policy
@@ -103,7 +104,7 @@ def build(config: DecoderConfig, setting: Setting, mesh: Mesh) -> Problem:
       The problem.
     """
     execution = plan_execution(config)
-    method, optimizer = METHODS[setting.method], optax.adamw(1e-5)
+    method, optimizer = METHODS[setting.method], in_parts(optax.adamw(1e-5), setting.parts)
     shape_of = lambda dtype: jax.eval_shape(lambda: init_weights(jax.random.key(0), config, dtype))
     base_weights = shape_of(BASE_DTYPE)
 

@@ -22,6 +22,7 @@ class Setting:
       samples: K per prompt.
       lora: rank of adapters, or 0: all parameters are trained.
       twist_trunk: the twist has a trunk of its own, trained; otherwise it reads the frozen base.
+      parts: of the batch, over which gradients add up.
     """
 
     method: str = "rlhf"
@@ -31,6 +32,7 @@ class Setting:
     samples: int = 4
     lora: int = 0
     twist_trunk: bool = False
+    parts: int = 1
 
 
 def check_setting(setting: Setting, config: DecoderConfig) -> None:
@@ -45,6 +47,10 @@ def check_setting(setting: Setting, config: DecoderConfig) -> None:
     for option, name in options.items():
         if getattr(setting, name) < 1:
             raise ValueError(f"--{option} must be at least 1; got {getattr(setting, name)}")
+    if setting.parts < 1 or setting.prompts % setting.parts:
+        raise ValueError(
+            f"--gradient-accumulation must divide --batch {setting.prompts}; got {setting.parts}"
+        )
     if setting.lora < 0:
         raise ValueError(f"--lora must be a rank of at least 1; got {setting.lora}")
     length = setting.prompt_length + setting.horizon

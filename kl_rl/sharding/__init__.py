@@ -4,7 +4,6 @@ No method and no model knows of it: ``jax.jit`` follows the shardings of its arg
 unsharded, on simulated devices, and in many processes. The rules are one table in ``rules``.
 """
 
-from kl_rl.sharding.accumulate import accumulated
 from kl_rl.sharding.mesh import AXES, make_mesh, split_cpu
 from kl_rl.sharding.placement import place, place_batch, put, replicated, shardings
 from kl_rl.sharding.rules import MESH_AXES, PARAMETERS, check_mesh, parameter_spec, weight_sharding
@@ -14,7 +13,6 @@ __all__ = [
     "AXES",
     "MESH_AXES",
     "PARAMETERS",
-    "accumulated",
     "check_mesh",
     "jit_step",
     "make_mesh",

@@ -75,11 +75,12 @@ def _mesh(settings: Settings) -> Mesh | None:
     axes = dict(settings.learning.mesh)
     if not axes:
         return None
-    config, parts = architecture(settings.task.base), axes.get("data", 1) * axes.get("fsdp", 1)
-    if settings.sizes.batch % parts:
+    config, sizes = architecture(settings.task.base), settings.sizes
+    devices, parts = axes.get("data", 1) * axes.get("fsdp", 1), sizes.gradient_accumulation
+    if sizes.batch % (devices * parts):
         raise TrainingError(
-            f"--batch {settings.sizes.batch} cannot be split over data x fsdp = {parts} devices: "
-            f"use a multiple of {parts}"
+            f"--batch {sizes.batch}{f' in {parts} parts' if parts > 1 else ''} cannot be split over "
+            f"data x fsdp = {devices} devices: use a multiple of {devices * parts}"
         )
     try:
         mesh = make_mesh(*(axes.get(name, 1) for name in AXES))

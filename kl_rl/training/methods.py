@@ -73,6 +73,10 @@ def _check(method: Method, settings: Settings) -> None:
         raise TrainingError(f"--n must be at most --num-samples = {samples}; got {task.n:g}")
     if method.family == "preference" and samples % 2:
         raise TrainingError(f"{task.method} compares pairs: --num-samples must be even; got {samples}")
+    if settings.sizes.gradient_accumulation > 1 and method.name.startswith("rwr"):
+        raise TrainingError(
+            f"{task.method} normalizes its weights over the whole batch: it cannot have --gradient-accumulation"
+        )
     if samples < 2:
         raise TrainingError(f"--num-samples must be at least 2; got {samples}")
 

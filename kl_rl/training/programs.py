@@ -138,6 +138,7 @@ def _context(plan: Plan, base: Policy, knobs: Knobs, edges: jax.Array) -> Contex
         learning_rate=knobs.learning_rate,  # type: ignore[arg-type]
         steps=sizes.steps,
         data_size=sizes.num_samples,
+        parts=sizes.gradient_accumulation,
     )
 
 

@@ -71,6 +71,7 @@ class Sizes:
     Attributes:
       steps: training steps.
       batch: B, prompts per step.
+      gradient_accumulation: gradients add up over this many parts of the batch; divides B.
       num_samples: K, completions of each prompt.
       horizon: T, longest completion, tokens.
       held_out: prompts kept from training, to measure on.
@@ -80,6 +81,7 @@ class Sizes:
 
     steps: int = 200
     batch: int = 8
+    gradient_accumulation: int = 1
     num_samples: int = 8
     horizon: int = 48
     held_out: int = 8
@@ -92,8 +94,12 @@ class Sizes:
         Raises:
           TrainingError: naming the option.
         """
-        _at_least(self, 1, "steps", "batch", "num_samples", "horizon")
+        _at_least(self, 1, "steps", "batch", "gradient_accumulation", "num_samples", "horizon")
         _at_least(self, 0, "held_out", "eval_every")
+        if self.batch % self.gradient_accumulation:
+            raise TrainingError(
+                f"--gradient-accumulation must divide --batch = {self.batch}; got {self.gradient_accumulation}"
+            )
         _at_least(self, 2, "eval_samples")
 
 
