@@ -135,6 +135,11 @@ ENTRY %main {
         ({"mesh": "experts=8"}, "'experts=8' must be AXIS=SIZE"),
         ({"mesh": "tensor=8"}, "mesh tensor=8 does not divide the 4 heads of layers.query.kernel"),
         ({"mesh": "fsdp=8", "batch": "6"}, "--batch 6: prompts are split over data x fsdp = 8"),
+        (
+            {"mesh": "fsdp=8", "batch": "8", "gradient-accumulation": "2"},
+            "--batch 8: prompts are split over data x fsdp = 8 and 2 parts: use a multiple of 16",
+        ),
+        ({"gradient-accumulation": "3"}, "--gradient-accumulation must divide --batch 8; got 3"),
         ({"method": "magic"}, "--method magic: unknown; known: rlhf, reinforce"),
         ({"method": "dpo", "samples": "1"}, "--samples 1: dpo compares samples"),
         ({"method": "dpo", "twist": "trunk"}, "dpo has no twist head"),
@@ -180,13 +185,18 @@ def test_meshes_are_read():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [["--lora", "4"], ["--twist", "trunk"], ["--method", "best-of-n"]])
+@pytest.mark.parametrize(
+    "extra",
+    [["--lora", "4"], ["--twist", "trunk"], ["--method", "best-of-n", "--gradient-accumulation", "2"]],
+    ids=["lora", "trunk", "best-of-n in parts"],
+)
 def test_the_command_plans_variants(extra, capsys):
-    sizes = ["--batch", "4", "--prompt", "4", "--horizon", "4", "--samples", "2"]
+    sizes = ["--batch", "8", "--prompt", "4", "--horizon", "4", "--samples", "2"]
     mesh = ["--topology", "cpu:8", "--mesh", "data=2,fsdp=2,tensor=2"]
     assert main(["plan", "--model", "tiny", *mesh, *sizes, *extra, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     adapters, trunk = "--lora" in extra, "trunk" in extra
+    assert told["setting"]["parts"] == (2 if "--gradient-accumulation" in extra else 1)
     assert (told["resident_bytes"]["parameters"] < told["resident_bytes"]["base"]) == adapters
     assert (told["resident_bytes"]["twist"] > told["resident_bytes"]["base"]) == trunk
 

@@ -106,10 +106,12 @@ def make_plan(
     sizes = sizes or {"fsdp": len(topology.devices)}
     mesh = make_mesh(**sizes, devices=topology.devices)
     check_mesh(config, mesh)
-    parts = axis_size(mesh, "batch")
-    if setting.prompts % parts:
+    devices = axis_size(mesh, "batch")
+    if setting.prompts % (devices * setting.parts):
         raise ValueError(
-            f"--batch {setting.prompts}: prompts are split over data x fsdp = {parts}: use a multiple of {parts}"
+            f"--batch {setting.prompts}: prompts are split over data x fsdp = {devices}"
+            f"{f' and {setting.parts} parts' if setting.parts > 1 else ''}: "
+            f"use a multiple of {devices * setting.parts}"
         )
     problem = build(config, setting, mesh)
     resident = _resident(problem)
