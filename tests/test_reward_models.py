@@ -12,9 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 from kl_rl.huggingface import CheckpointError, load_reward_model
 from kl_rl.models import last_hidden
-from kl_rl.training import TrainingError
+from kl_rl.tokenizer import load_tokenizer
+from kl_rl.training import Settings, Sizes, Task, TrainingError
 from kl_rl.training.model import begin_of, load_model
-from kl_rl.training.rewards import load_reward, rewards_of
+from kl_rl.training.prompts import load_prompts
+from kl_rl.training.rewards import PromptText, load_reward, rewards_of
 
 HERE = Path(__file__).parent / "checkpoints" / "reward_models"
 NAMES = sorted(path.parent.name for path in HERE.glob("*/config.json"))
@@ -71,6 +73,65 @@ def test_a_language_model_as_reward_gives_log_likelihoods():
     assert rewards_of(reward, prompts[:1], completions[:1], skip=False)[0] == pytest.approx(
         found[0], abs=1e-4
     )
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}>{% endif %}"
+)
+ASKED = ({"role": "user", "content": "the sun"},)
+
+
+def two_copies(source, folder):
+    """Of a model: with this chat template, and without one."""
+    talks, plain = (Path(shutil.copytree(source, folder / name)) for name in ("talks", "plain"))
+    (talks / "chat_template.jinja").write_text(TEMPLATE)
+    (plain / "chat_template.jinja").unlink()
+    return talks, plain
+
+
+def conversation(text):
+    made = PromptText(text)
+    made.messages = ASKED
+    return made
+
+
+def test_a_conversation_goes_through_the_reward_models_template(tmp_path):
+    """Not the text that another model's template made of it; without a template, the text."""
+    (talks, plain), prompt = two_copies(HERE / "qwen3", tmp_path), conversation("as another model says it")
+    model, tokenizer = load_reward_model(plain), load_tokenizer(plain)
+
+    def score(text, begin=()):
+        hidden = last_hidden(model.config, model.weights, jnp.asarray([[*begin, *tokenizer.encode(text)]]))
+        return float((hidden @ model.score)[0])
+
+    rate = lambda folder, prompt: rewards_of(load_reward(str(folder)), [prompt], ["sky"], skip=False)[0]
+    begin = [i for i in [begin_of(tokenizer)] if i is not None]
+    wanted = score("user: the sun\nassistant: sky\n"), score("as another model says itsky", begin)
+    assert rate(talks, prompt) == pytest.approx(wanted[0], abs=1e-5)
+    assert rate(plain, prompt) == pytest.approx(wanted[1], abs=1e-5)
+    assert rate(talks, str(prompt)) == pytest.approx(wanted[1], abs=1e-5)
+    assert abs(wanted[0] - wanted[1]) > 1e-3
+
+
+def test_a_conversation_goes_through_the_likelihood_models_template(tmp_path):
+    folders = two_copies(HERE.parent / "qwen3", tmp_path)
+    talks, plain = (load_reward(str(folder)) for folder in folders)
+    assert begin_of(load_tokenizer(folders[1])) is None
+    rate = lambda reward, prompt: rewards_of(reward, [prompt], ["sky"], skip=False)[0]
+    found = rate(talks, conversation("as another model says it"))
+    assert found == pytest.approx(rate(plain, "user: the sun\n>"), abs=1e-5)
+    assert abs(found - rate(plain, "as another model says it")) > 1e-3
+
+
+def test_prompts_of_a_file_bring_their_conversation_to_the_reward(tmp_path):
+    talks, _ = two_copies(HERE.parent / "qwen3", tmp_path)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"messages": ASKED}) + "\n" + json.dumps({"prompt": "the moon"}) + "\n")
+    settings = Settings(Task("rlhf", str(talks), str(file), "none"), Sizes(horizon=4))
+    asked, told = load_prompts(settings, load_model(talks)).take(np.arange(2)).texts
+    assert (asked, asked.messages) == ("user: the sun\n>", ASKED)
+    assert (told, told.messages) == ("the moon", None)
 
 
 def spoiled(folder, change):

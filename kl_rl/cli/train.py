@@ -24,9 +24,10 @@ with the same weights and the same files, bit for bit. Measures on held-out prom
 EXAMPLES = """\
 methods: rlhf (= rloo), ppo, grpo, best-of-n, filter, reward-weighted, decision-transformer, trajectory-balance,
   vargrad, path-consistency, dpo, ipo, ... and all names of `kl-rl compare --methods`; an unknown name lists them
-rewards: module:function or file.py:function, called as function(prompt, completion) -> number; a word list or patterns
-  (.json); lines of token, tab, valence (.tsv, .txt); a Hugging Face folder: a reward model
-  (sequence classification with one label), or a causal language model, whose log-likelihood is the reward (nats)
+rewards: module:function or file.py:function, called as function(prompt, completion) -> number (prompt.messages is the
+  conversation, if the prompt was given as messages); a word list or patterns (.json); lines of token, tab, valence
+  (.tsv, .txt); a Hugging Face folder: a reward model (sequence classification with one label), or a causal language
+  model, whose log-likelihood is the reward (nats); both use their own chat template for conversations
 prompts: .jsonl or .parquet with a field "prompt" (or "messages", "prompt_tokens"); .txt: a prompt on each line, or
   pieces of --prompt-length tokens
 

@@ -33,6 +33,11 @@ def _log_probs(policy: Policy, prompt: jax.Array, tokens: jax.Array, mask: jax.A
     return jnp.sum(score(policy, batch), axis=(-2, -1))
 
 
+def _conversation(prompt: str, tokenizer: Any) -> tuple[dict[str, str], ...] | None:
+    """The messages of a prompt that was given as a conversation, for a model that has been trained on them."""
+    return getattr(prompt, "messages", None) if tokenizer.chat_template is not None else None
+
+
 def _check_length(count: int, config: DecoderConfig) -> None:
     if count > config.context:
         raise TrainingError(f"{count} tokens do not fit the reward model's context of {config.context}")
@@ -95,6 +100,8 @@ def scored_reward(folder: Path) -> Values:
 
     Returns:
       ``(prompts, completions) -> rewards`` of the two texts one after the other, behind the begin mark if there is one.
+      A prompt that was given as a conversation goes through the reward model's own chat template, if it has one, with
+      the completion as what the assistant says.
 
     Raises:
       TrainingError: the folder cannot be used.
@@ -111,7 +118,12 @@ def scored_reward(folder: Path) -> Values:
         return last_hidden(model.config, weights, ids).astype(output.dtype) @ output
 
     def ids_of(prompt: str, completion: str) -> Ids:
-        ids = ([] if begin is None else [begin]) + tokenizer.encode(prompt + completion)
+        said = _conversation(prompt, tokenizer)
+        if said is None:
+            ids = ([] if begin is None else [begin]) + tokenizer.encode(prompt + completion)
+        else:
+            answer = {"role": "assistant", "content": completion}
+            ids = tokenizer.encode(tokenizer.apply_chat([*said, answer], add_generation_prompt=False))
         if not ids:
             raise TrainingError("the reward model was given an empty text")
         _check_length(len(ids), model.config)
@@ -128,6 +140,8 @@ def scored_reward(folder: Path) -> Values:
 def likelihood_reward(folder: Path) -> Values:
     """The log-likelihood of a completion under the causal language model of a folder, by its own tokenizer.
 
+    A prompt that was given as a conversation goes through that model's own chat template, if it has one.
+
     Args:
       folder: a Hugging Face checkpoint.
 
@@ -141,7 +155,11 @@ def likelihood_reward(folder: Path) -> Values:
     begin = begin_of(model.tokenizer)
 
     def ids_of(prompt: str, completion: str) -> Ids | float:
-        first = ([] if begin is None else [begin]) + model.tokenizer.encode(prompt)
+        said = _conversation(prompt, model.tokenizer)
+        if said is None:
+            first = ([] if begin is None else [begin]) + model.tokenizer.encode(prompt)
+        else:
+            first = model.tokenizer.encode(model.tokenizer.apply_chat(said))
         ids = model.tokenizer.encode(completion)
         if not first or not ids:
             return 0.0

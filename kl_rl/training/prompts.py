@@ -12,6 +12,7 @@ from kl_rl.data import DataError, Encoder, Limits, PromptRecord, load_records
 from kl_rl.data.row import Content
 from kl_rl.training.errors import TrainingError
 from kl_rl.training.model import Model, begin_of
+from kl_rl.training.rewards import PromptText
 from kl_rl.training.settings import Settings
 
 __all__ = ["Prompts", "load_prompts", "order_of", "split"]
@@ -26,7 +27,7 @@ class Prompts(NamedTuple):
     """
 
     ids: np.ndarray
-    texts: tuple[str, ...]
+    texts: tuple[PromptText, ...]
 
     def take(self, index: np.ndarray) -> Prompts:
         """The prompts ``index``."""
@@ -55,7 +56,7 @@ def load_prompts(settings: Settings, model: Model) -> Prompts:
         )
     limits = Limits(context=model.config.context - len(slot), completion=settings.sizes.horizon)
     encoder = Encoder(tokenizer, limits, render=render, add_end=False, begin=begin)
-    rows = []
+    rows, conversations = [], []
     for where, content in _spread(_contents(settings, model), task.num_prompts):
         ids = encoder.fit(where, encoder.prompt(where, content), settings.sizes.horizon)
         if begin is not None and model.first_token >= 0 and list(ids[:1]) != [begin]:
@@ -63,11 +64,13 @@ def load_prompts(settings: Settings, model: Model) -> Prompts:
                 f"{where}: return tokens replace the begin mark, and this prompt does not begin with it"
             )
         rows.append([*slot, *ids])
+        conversations.append(content.messages if content.tokens is None else None)
     if not rows:
         raise TrainingError(f"{task.prompts}: holds no prompt")
     width = max(map(len, rows))
     padded = np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
-    return Prompts(padded, tuple(tokenizer.decode(row) for row in rows))
+    texts = map(PromptText.of, map(tokenizer.decode, rows), conversations)
+    return Prompts(padded, tuple(texts))
 
 
 def _spread(items: Sequence[tuple[str, Content]], count: int | None) -> list[tuple[str, Content]]:

@@ -17,7 +17,24 @@ import numpy as np
 from kl_rl.processes import agreed, share, summed
 from kl_rl.training.errors import BadRewardValue, TrainingError
 
-__all__ = ["HostReward", "load_reward", "one_by_one", "rewards_of"]
+__all__ = ["HostReward", "PromptText", "load_reward", "one_by_one", "rewards_of"]
+
+
+class PromptText(str):
+    """A prompt as rewards see it: a string, without special tokens.
+
+    Attributes:
+      messages: ``({"role": ..., "content": ...}, ...)`` if the prompt was given as a conversation, else None.
+    """
+
+    messages: tuple[dict[str, str], ...] | None = None
+
+    @classmethod
+    def of(cls, text: str, messages: Iterable[Any] | None) -> PromptText:
+        """A text, with the conversation that it renders (named tuples of role and content)."""
+        made = cls(text)
+        made.messages = None if messages is None else tuple(message._asdict() for message in messages)
+        return made
 
 
 Values = Callable[[Sequence[str], Sequence[str]], Iterable[Any]]
@@ -53,10 +70,11 @@ def load_reward(spec: str) -> HostReward:
     """Open a reward.
 
     Args:
-      spec: ``module:function`` or ``file.py:function``, called as ``function(prompt, completion)``; a word list or
-        patterns (.json), or lines of token, tab, valence (.tsv, .txt: VADER); a Hugging Face folder: a reward model
-        (sequence classification with one label), or a causal language model, whose log-likelihood of the completion,
-        in nats, is the reward; or such a model's name on the hub.
+      spec: ``module:function`` or ``file.py:function``, called as ``function(prompt, completion)``, where
+        ``prompt.messages`` is the conversation if the prompt was given as one; a word list or patterns
+        (.json), or lines of token, tab, valence (.tsv, .txt: VADER); a Hugging Face folder: a reward model (sequence
+        classification with one label), or a causal language model, whose log-likelihood of the completion, in nats, is
+        the reward; or such a model's name on the hub.
 
     Returns:
       The reward.
