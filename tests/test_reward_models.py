@@ -76,7 +76,7 @@ def test_a_language_model_as_reward_gives_log_likelihoods():
 
 
 TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}>{% endif %}"
 )
 ASKED = ({"role": "user", "content": "the sun"},)
@@ -107,7 +107,10 @@ def test_a_conversation_goes_through_the_reward_models_template(tmp_path):
 
     rate = lambda folder, prompt: rewards_of(load_reward(str(folder)), [prompt], ["sky"], skip=False)[0]
     begin = [i for i in [begin_of(tokenizer)] if i is not None]
-    wanted = score("user: the sun\nassistant: sky\n"), score("as another model says itsky", begin)
+    wanted = (
+        score("user: the sun\nassistant: sky\n", begin),
+        score("as another model says itsky", begin),
+    )
     assert rate(talks, prompt) == pytest.approx(wanted[0], abs=1e-5)
     assert rate(plain, prompt) == pytest.approx(wanted[1], abs=1e-5)
     assert rate(talks, str(prompt)) == pytest.approx(wanted[1], abs=1e-5)
@@ -117,7 +120,6 @@ def test_a_conversation_goes_through_the_reward_models_template(tmp_path):
 def test_a_conversation_goes_through_the_likelihood_models_template(tmp_path):
     folders = two_copies(HERE.parent / "qwen3", tmp_path)
     talks, plain = (load_reward(str(folder)) for folder in folders)
-    assert begin_of(load_tokenizer(folders[1])) is None
     rate = lambda reward, prompt: rewards_of(reward, [prompt], ["sky"], skip=False)[0]
     found = rate(talks, conversation("as another model says it"))
     assert found == pytest.approx(rate(plain, "user: the sun\n>"), abs=1e-5)
