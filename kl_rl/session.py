@@ -53,9 +53,13 @@ def _has_git() -> bool:
     return shutil.which("git") is not None
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a crash leaves either the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     data = content.encode() if isinstance(content, str) else content
     with open(temporary, "wb") as file:
         file.write(data)
@@ -98,7 +102,8 @@ class Session:
     def _check_settings(self, settings: dict[str, Any], resume: bool) -> None:
         path = self.folder / "run.json"
         if not path.exists():
-            foreign = [p.name for p in self.folder.iterdir() if p.name != ".lock"]
+            unfinished = _temporary(path).name  # of a run that was killed as it began
+            foreign = [p.name for p in self.folder.iterdir() if p.name not in (".lock", unfinished)]
             if foreign:
                 raise OutputError(
                     f"{self.folder}: not empty and not a run of kl-rl (found {sorted(foreign)[0]}); "
@@ -139,9 +144,12 @@ class Session:
         whole = []
         for line in lines:
             try:
-                whole.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 break
+            if not line.endswith("\n"):
+                break
+            whole.append(row)
         if len(whole) < len(lines):
             write_atomically(path, "".join(lines[: len(whole)]))
         return whole

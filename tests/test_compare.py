@@ -14,7 +14,6 @@ from kl_rl.compare import matched
 from kl_rl.compare.catalogue import CATALOGUE, methods_named
 from kl_rl.compare.main import frontier_price
 from kl_rl.compare.reference import best_of_n_law
-from kl_rl.session import OutputError, Session
 
 WORLD = {
     "name": "small",
@@ -161,30 +160,6 @@ def test_a_world_too_large_to_enumerate_names_size_limit_and_way_out(tmp_path):
     path.write_text(json.dumps({**WORLD, "horizon": 40}))
     done = kl_rl("compare", "--world", path, cwd=tmp_path)
     assert done.returncode == 2 and "262144" in done.stderr and "shorten the horizon" in done.stderr
-
-
-def test_output_folders_that_cannot_be_used(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="cannot write"):
-        Session(tmp_path / "file" / "run", {}, resume=False)
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "thesis.tex").write_text("x")
-    with pytest.raises(OutputError, match="thesis.tex"):
-        Session(foreign, {}, resume=False)
-    first = Session(tmp_path / "run", {"a": 1}, resume=False)
-    with pytest.raises(OutputError, match="another process"):
-        Session(tmp_path / "run", {"a": 1}, resume=True)
-    first.close()
-    Session(tmp_path / "run", {"a": 1}, resume=True).close()
-
-
-def test_a_full_disk_is_one_message():
-    """/dev/full refuses every write."""
-    if not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full")
-    with pytest.raises(OutputError, match="cannot write"):
-        Session(__import__("pathlib").Path("/dev/full/run"), {}, resume=False)
 
 
 def test_method_selection():

@@ -46,6 +46,7 @@ BAD = [
     (P, {"messages": ["hi"]}, r'field "messages"\[0\]: must be an object with "role" and "content"'),
     (P, {"messages": [{"role": "user"}]}, r'field "messages"\[0\]: missing field "content"'),
     (P, {"messages": [{"role": "user", "content": 1}]}, r'"messages"\[0\].content: must be text'),
+    (P, {"messages": [{"role": "u", "content": "c", "name": "x"}]}, r"\[0\]: unknown field .name.; a message has role"),
     (P, {"prompt": "a", "messages": [{"role": "u", "content": "c"}]}, 'there is a field "prompt" too'),
     (P, {"tokens": [3, -1]}, r'field "tokens"\[1\]: must be a token id, 0 or more; found number -1'),
     (P, {"tokens": [3.0]}, r'field "tokens"\[0\]: must be a token id'),
@@ -61,6 +62,8 @@ BAD = [
     (L, but(LOGGED, rewards=[True, 1]), r'field "rewards"\[0\]: must be a number; found true'),
     (L, but(LOGGED, rewards=[1, float("nan")]), r'field "rewards"\[1\]: must be a finite number; found number nan'),
     (L, but(LOGGED, rewards=[10**400, 1]), r'field "rewards"\[0\]: must be a finite number; found a huge number'),
+    (L, but(LOGGED, rewards=[1, 1e39]), r'field "rewards"\[1\]: must be at most 1e\+30 in size; found number 1e\+39'),
+    (L, but(LOGGED, log_behaviour=[-1, -1e39]), r'"log_behaviour"\[1\]: must be at most 1e\+30 in size'),
     (L, '{"prompt": "a", "completion": "b", "score": 1e999}', 'field "score": must be a finite number'),
     (L, but(LOGGED, completions=["a", ""]), r'field "completions"\[1\]: is empty'),
     (L, but(LOGGED, completions="a"), 'field "completions": must be a list'),
@@ -76,6 +79,7 @@ BAD = [
     (C, but(COMPARED, probability=1.5), 'field "probability": must lie between 0 and 1; found 1.5'),
     (R, but(RANKED, ranks=[1, 2]), 'field "ranks": must have one entry for each of 3 completions; found 2'),
     (R, but(RANKED, ranks=[1, 2, 0]), r'field "ranks"\[2\]: must be a rank, a whole number from 1'),
+    (R, but(RANKED, ranks=[1, 2, 10**400]), r'field "ranks"\[2\]: must be a finite number; found a huge number'),
     (R, but(RANKED, completions=["a"], ranks=[1]), 'field "ranks": a ranking needs at least 2 completions'),
     (R, but(RANKED, completions="absent"), 'missing field "completions"'),
     (E, but(EPISODE, steps=[]), 'field "steps": is an empty list'),
@@ -276,6 +280,19 @@ def test_parquet_text_that_is_not_utf8(tmp_path):
     with pytest.raises(DataError, match="row 2: holds text that is not UTF-8"):
         load_records(tmp_path / "d.parquet", PromptRecord)
     records, skipped = load_records(tmp_path / "d.parquet", PromptRecord, on_error="skip")
+    assert len(records) == 2 and skipped.count == 1
+
+
+def test_parquet_values_that_python_cannot_hold(tmp_path):
+    """Nanoseconds, in a column that nobody asked for: the row is named, and may be skipped."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    times = pa.array([1_000, 1_001, 2_000], pa.timestamp("ns"))
+    pq.write_table(pa.table({"prompt": ["a", "b", "c"], "made": times}), tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"d\.parquet: row 2: cannot be read: "):
+        load_records(tmp_path / "d.parquet", PromptRecord, ignore=["made"])
+    records, skipped = load_records(tmp_path / "d.parquet", PromptRecord, ignore=["made"], on_error="skip")
     assert len(records) == 2 and skipped.count == 1
 
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from kl_rl.huggingface import (
+    CheckpointError,
     load_checkpoint,
     read_weights,
     save_checkpoint,
@@ -85,6 +86,31 @@ def test_bfloat16_is_kept_and_can_be_asked_for(tmp_path):
     assert again.spec["torch_dtype"] == "bfloat16" and "dtype" not in again.spec
     rounded = jax.tree.map(lambda w: w.astype("bfloat16").astype("float32"), gpt2.weights)
     assert_trees_equal(again.weights, rounded)
+
+
+def test_the_dtype_of_a_file_is_that_of_its_parameters(copy, tmp_path):
+    """Not that of a constant that lies before them."""
+    folder = copy("llama_old")
+    tensors = load_file(folder / "model.safetensors")
+    wide = {k: v.astype(np.float64) for k, v in tensors.items() if "inv_freq" in k}
+    assert wide
+    save_file(tensors | wide, folder / "model.safetensors", {"format": "pt"})
+    old = load_checkpoint(folder)
+    assert "inv_freq" in old.layout.files[0].tensors[0].name
+    save_checkpoint(tmp_path / "out", old.config, old.weights, like=old, dtype="bfloat16")
+    assert load_checkpoint(tmp_path / "out").spec["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_float16_cannot_hold_are_refused(dtype, tmp_path):
+    gpt2 = load_checkpoint(HERE / "gpt2", dtype=dtype)
+    weights = gpt2.weights | {"embed": {**gpt2.weights["embed"]}}
+    weights["embed"]["table"] = weights["embed"]["table"].at[3, 5].set(70_000.0)
+    with pytest.raises(CheckpointError, match=r"embed/table: too large for float16; use bfloat16"):
+        save_checkpoint(tmp_path / "out", gpt2.config, weights, dtype="float16")
+    assert not list(tmp_path.iterdir())
+    weights["embed"]["table"] = weights["embed"]["table"].at[3, 5].set(jnp.inf)  # is kept
+    save_checkpoint(tmp_path / "out", gpt2.config, weights, dtype="float16")
 
 
 def test_tensors_are_read_straight_into_their_sharding(monkeypatch):

@@ -35,6 +35,8 @@ def test_fields_of_older_and_newer_files():
     assert read(
         "qwen2", sliding_window=8, use_sliding_window=True, max_window_layers=3
     ).attention.windows == ((None,) * 3 + (8,))
+    null = {"sliding_window": None, "use_sliding_window": True, "max_window_layers": 3}
+    assert read("qwen2", **null).attention.windows == read("qwen3", **null).attention.windows == ()
     assert read("qwen3").attention.head_dim == 128
     gemma2 = read("gemma2", sliding_window=8)
     assert gemma2.attention.windows == (8, None, 8, None) and gemma2.tied
@@ -59,6 +61,15 @@ def test_gemma3_positions_of_older_and_newer_files():
     plain = read("gemma3_text", sliding_window=8)
     assert plain.attention.windows == (8,) * 4 and plain.attention.local_rotary == Rotary(1e4)
     assert plain.rotary == Rotary(1e6)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_gemma_without_windows_is_written_with_a_width(family):
+    """Transformers reads it even if no layer uses it, and refuses to run if it is null."""
+    config = read(family, layer_types=["full_attention"] * 4)
+    spec = config_to_dict(config)
+    assert spec["sliding_window"] >= 1 and set(spec["layer_types"]) == {"full_attention"}
+    assert config_from_dict(spec) == config
 
 
 def test_an_architecture_that_no_family_has_is_refused():

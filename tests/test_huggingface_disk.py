@@ -93,6 +93,10 @@ def test_damaged_weights_are_named(copy):
         (b'{"__', b'x"__', "not a safetensors file"),
         (b'"F32"', b'"F99"', "dtype 'F99' is not supported"),
         (b"[320,16]", b"[321,16]", r"tensor .*: 20480 bytes do not make F32 \(321, 16\)"),
+        (b"[320,16]", b"[3e9999]", r"tensor .*: damaged entry in the header"),
+        (b"[320,16]", b"[true,1]", r"tensor .*: damaged entry in the header"),
+        (b'"F32"', b"[320]", r"dtype '\[320\]' is not supported"),
+        (b'_offsets":[0,', b'_offsets":["",', r"damaged entry in the header|not a safetensors file"),
     ):
         path.write_bytes(whole[:8] + whole[8 : 8 + length].replace(old, new, 1) + whole[8 + length :])
         with pytest.raises(CheckpointError, match=rf"model\.safetensors: .*{problem}"):
@@ -144,6 +148,17 @@ def test_saving_over_a_folder_replaces_it_and_keeps_strangers(copy):
     assert_trees_equal(load_checkpoint(folder).weights, weights)
 
 
+def test_a_link_to_a_folder_stays_a_link(copy, tmp_path):
+    (tmp_path / "link").symlink_to(copy("gpt2"))
+    checkpoint = load_checkpoint(tmp_path / "link")
+    for shift in (1.0, 2.0):
+        weights = jax.tree.map(lambda w, shift=shift: w + shift, checkpoint.weights)
+        save_checkpoint(tmp_path / "link", checkpoint.config, weights)
+        assert_trees_equal(load_checkpoint(tmp_path / "gpt2").weights, weights)
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gpt2", "link"]
+
+
 def test_a_crash_between_two_renames_is_mended(copy, tmp_path):
     folder = copy("gpt2")
     (folder / "notes").mkdir()
@@ -160,6 +175,21 @@ def test_a_crash_between_two_renames_is_mended(copy, tmp_path):
     save_checkpoint(folder, checkpoint.config, checkpoint.weights)
     assert (folder / "notes" / "a.txt").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gpt2", "lost"]
+
+
+def test_what_a_crash_left_behind_brings_no_stale_index_back(copy, monkeypatch):
+    """Of several shards, one file; the crash comes before the old folder is cleared, and the next save fails."""
+    folder = copy("llama")
+    checkpoint = load_checkpoint(folder)
+    assert (folder / "model.safetensors.index.json").is_file()
+    shutil.copytree(folder, disk.previous(folder))
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    shutil.copy(HERE / "gpt2" / "model.safetensors", folder / "model.safetensors")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(OSError, match="not enough space"):
+        save_checkpoint(folder, checkpoint.config, checkpoint.weights)
+    assert [p.name for p in folder.glob("*.safetensors*")] == ["model.safetensors"]
 
 
 TWO_PROCESSES = """

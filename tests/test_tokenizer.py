@@ -87,6 +87,13 @@ def test_ends_come_from_the_first_file_that_names_them(folder):
     assert load_tokenizer(folder).end_ids == (1,)
     rewrite(folder / "config.json", eos_token_id=[5, 6])
     assert load_tokenizer(folder).end_ids == (5, 6)
+    rewrite(folder / "tokenizer_config.json", eos_token="<|start|>")
+    rewrite(folder / "config.json", eos_token_id=[1, 0, 2])
+    assert load_tokenizer(folder).end_ids == (
+        2,
+        1,
+        0,
+    )  # what the tokenizer calls the end is written after completions
     rewrite(folder / "config.json", eos_token_id=None)
     rewrite(folder / "tokenizer_config.json", eos_token={"content": "<|start|>"}, bos_token=None)
     tokenizer = load_tokenizer(folder)

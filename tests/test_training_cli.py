@@ -147,6 +147,9 @@ def nan(prompt, completion):
 
 def text(prompt, completion):
     return "good"
+
+def constant(prompt, completion):
+    return 1.0
 """
 
 BAD = {
@@ -163,6 +166,10 @@ BAD = {
     "module that is not there": ({"--reward": "no_module:f"}, "cannot import no_module"),
     "function that is not there": ({"--reward": "rewards.py:f"}, "has no function 'f'"),
     "no reward": ({"--reward": "nothing"}, "a reward is module:function"),
+    "constant reward": (
+        {"method": "decision-transformer", "--reward": "rewards.py:constant"},
+        "completions of the base model score 1: there is no return to condition on",
+    ),
     "malformed words": ({"--reward": "bad.json"}, "bad.json: line 1"),
     "no room": ({"--horizon": "40"}, "--horizon 40 leaves no room for a prompt in a context of 40"),
     "mesh": ({"--mesh": "data=2,depth=2"}, "'depth=2' is not data=N"),
@@ -234,6 +241,8 @@ def test_bad_input_is_one_clear_line(name, world, bad_input, tmp_path, capsys, m
     assert message in said and said.startswith("kl-rl train: ") and said.count("\n") == 1
     begun_anyway = (tmp_path / "run" / "checkpoints").exists()  # a reward fails on the first samples only
     assert begun_anyway == name.startswith("reward ") == (tmp_path / "run" / "run.json").exists()
+    if not begun_anyway and (tmp_path / "run").exists():
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_short_text_and_overfull_context_are_said(world, tmp_path, capsys):

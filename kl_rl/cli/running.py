@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ def _opened(folder: Path, settings: dict[str, Any], resume: bool) -> Iterator[No
 def held(folder: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[None]:
     """The folder of a run, locked by the first process; ``run.json`` and ``provenance.json`` are in it.
 
-    If a new run fails before its first checkpoint they are taken out again, so that it can be asked for otherwise.
+    If a new run fails before its first checkpoint its files are taken out again, so that it can be asked for otherwise.
 
     Args:
       folder: made if missing.
@@ -57,10 +58,22 @@ def held(folder: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[No
         try:
             yield
         except BaseException:
-            if new and not (folder / "checkpoints").exists():  # nothing has begun: other options may follow
-                for name in ("run.json", "provenance.json"):
-                    (folder / name).unlink(missing_ok=True)
+            if new and not _has_begun(folder):
+                _withdraw(folder)
             raise
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether there is a checkpoint to go on from."""
+    return any(path.name.isdigit() for path in folder.glob("checkpoints/*"))
+
+
+def _withdraw(folder: Path) -> None:
+    """Take out what a run without a checkpoint has left in its folder, which was empty before."""
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for path in [folder / "run.json", folder / "provenance.json", *folder.glob("*.jsonl")]:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

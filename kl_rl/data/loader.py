@@ -62,7 +62,7 @@ class ArrayRows(Generic[Batch]):
         total = 0
         for leaf in self._leaves:
             total = zlib.crc32(f"{leaf.shape}{leaf.dtype}".encode(), total)
-            total = zlib.crc32(np.ascontiguousarray(leaf).data.cast("B"), total)
+            total = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, total)
         return total
 
 

@@ -150,6 +150,10 @@ def read_parquet(path: str | Path, *, skipped: Skipped | None = None) -> Rows:
                     except UnicodeDecodeError:
                         pass_over(DataError(f"{path}: row {number}: holds text that is not UTF-8"), skipped)
                         continue
+                    except ValueError as error:  # a time too fine for Python's
+                        problem = str(error).split("\n")[0]
+                        pass_over(DataError(f"{path}: row {number}: cannot be read: {problem:.200}"), skipped)
+                        continue
                     yield f"{path}: row {number}", row
         except (pa.ArrowException, OSError, OverflowError) as error:
             reason = str(error).split("\n")[0]

@@ -204,6 +204,7 @@ class ComparisonRecord:
 def _as_rank(value: Any, place: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise DataError(f"{place}: must be a rank, a whole number from 1 (the best); found {describe(value)}")
+    as_number(value, place)
     return value
 
 

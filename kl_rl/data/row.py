@@ -44,6 +44,7 @@ ROUNDING = 1e-6
 
 _CANONICAL = {other: name for name, others in ALIASES.items() for other in others}
 _LARGEST_ID = 2**31 - 1
+_LARGEST_NUMBER = 1e30  # sums of squares of larger ones are infinite in float32
 
 
 class Message(NamedTuple):
@@ -201,7 +202,7 @@ def as_text(value: Any, place: str) -> str:
 
 
 def as_number(value: Any, place: str) -> float:
-    """A finite number, as a float."""
+    """A finite number that float32 can be computed with, as a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"{place}: must be a number; found {describe(value)}")
     try:
@@ -210,6 +211,8 @@ def as_number(value: Any, place: str) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise DataError(f"{place}: must be a finite number; found {describe(value)}")
+    if abs(number) > _LARGEST_NUMBER:
+        raise DataError(f"{place}: must be at most {_LARGEST_NUMBER:g} in size; found {describe(value)}")
     return number
 
 
@@ -250,7 +253,10 @@ def as_message(value: Any, place: str) -> Message:
     """An object with ``role`` and ``content``."""
     if not isinstance(value, Mapping):
         raise DataError(f'{place}: must be an object with "role" and "content"; found {describe(value)}')
-    for name in ("role", "content"):
+    for name in Message._fields:
         if value.get(name) is None:
             raise DataError(f'{place}: missing field "{name}"')
+    for name in value:
+        if name not in Message._fields and value[name] is not None:
+            raise DataError(f'{place}: unknown field "{name:.60}"; a message has role and content; remove it')
     return Message(as_text(value["role"], f"{place}.role"), as_text(value["content"], f"{place}.content"))

@@ -65,11 +65,11 @@ def _swap(stage: Path, folder: Path, stale: frozenset[str]) -> None:
         _carry_over(old, folder, stale)
 
 
-def _recover(folder: Path) -> None:
+def _recover(folder: Path, stale: frozenset[str]) -> None:
     """Finish what a crash between two renames, or after them, has left."""
     old = previous(folder)
     if old.exists() and folder.exists():
-        _carry_over(old, folder, frozenset())
+        _carry_over(old, folder, stale)
     elif old.exists():
         old.rename(folder)
 
@@ -88,11 +88,11 @@ def replaced(folder: Path, *, stale: frozenset[str] = frozenset()) -> Iterator[P
     Raises:
       OSError: writing failed; the old folder is as it was.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()  # what a link points to is replaced, not the link
     stage = folder.with_name(folder.name + ".saving")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _recover(folder)
+        _recover(folder, stale)
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir()
         yield stage

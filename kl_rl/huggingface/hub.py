@@ -47,10 +47,8 @@ def resolve(path: str | Path) -> Path:
         return folder
     if folder.exists():
         raise NotADirectoryError(f"{folder}: a checkpoint is a folder with config.json and safetensors files")
-    if previous(folder.absolute()).is_dir():
-        raise FileNotFoundError(
-            f"{folder}: missing, but {previous(folder)} is there: a save was cut short; rename it"
-        )
+    if (old := previous(folder.resolve())).is_dir():
+        raise FileNotFoundError(f"{folder}: missing, but {old} is there: a save was cut short; rename it")
     if HUB_NAME.fullmatch(str(path)):
         return _download(str(path))
     raise FileNotFoundError(f"{folder}: no such folder")

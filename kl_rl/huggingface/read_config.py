@@ -107,9 +107,14 @@ def _llama(f: Fields) -> DecoderConfig:
     return _gated(f, attention, read_rotary(f), mlp_bias=f.flag("mlp_bias", False))
 
 
+def _window(f: Fields) -> int | None:
+    """Width of windows: 4096 if it is not said, none if it is null."""
+    return None if f.spec.get("sliding_window", 4096) is None else f.integer("sliding_window", 4096)
+
+
 def _qwen_windows(f: Fields) -> tuple[int | None, ...]:
     layers = f.integer("num_hidden_layers")
-    window = f.integer("sliding_window", 4096) if f.flag("use_sliding_window", False) else None
+    window = _window(f) if f.flag("use_sliding_window", False) else None
     first = f.spec.get("max_window_layers", 28)
     return _windows(f, layers, window, [SLIDING if window and i >= first else FULL for i in range(layers)])
 
@@ -128,7 +133,7 @@ def _qwen3(f: Fields) -> DecoderConfig:
 
 def _gemma_attention(f: Fields, default_layers: Sequence[str], **features: Any) -> Attention:
     layers, sizes = f.integer("num_hidden_layers"), _heads(f, head_dim=256)
-    window = None if f.spec.get("sliding_window", 4096) is None else f.integer("sliding_window", 4096)
+    window = _window(f)
     scalar = f.number("query_pre_attn_scalar", 256.0)
     bias = f.flag("attention_bias", False)
     return replace(
@@ -190,7 +195,7 @@ def _architecture(f: Fields) -> str:
         a for a, (t, _) in ARCHITECTURES.items() if t == f.spec.get("model_type")
     ]
     name = named[0] if isinstance(named, list) and named else None
-    if name in ARCHITECTURES:
+    if isinstance(name, str) and name in ARCHITECTURES:
         return name
     known = ", ".join(ARCHITECTURES)
     shown = f.spec.get("model_type") if name is None else name

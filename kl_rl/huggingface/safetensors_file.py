@@ -125,13 +125,21 @@ def _read_header(path: Path, size: int) -> tuple[bytes, dict[str, Any]]:
     return start + text, entries
 
 
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{value!r:.60} is no whole number")
+    return value
+
+
 def _stored(path: Path, name: str, entry: Any) -> tuple[int, int, Stored]:
     """Begin and end of the bytes of a tensor, and what it is."""
     try:
-        begin, end = entry["data_offsets"]
-        tensor = Stored(name, entry["dtype"], tuple(int(n) for n in entry["shape"]))
+        begin, end = map(_whole, entry["data_offsets"])
+        tensor = Stored(name, str(entry["dtype"]), tuple(map(_whole, entry["shape"])))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: tensor {name}: damaged entry in the header: {entry!r}") from error
+        raise CheckpointError(
+            f"{path}: tensor {name}: damaged entry in the header: {entry!r:.200}"
+        ) from error
     if tensor.dtype not in DTYPES:
         raise CheckpointError(f"{path}: tensor {name}: dtype {tensor.dtype!r} is not supported")
     if min(tensor.shape, default=0) < 0 or end - begin != tensor.size:

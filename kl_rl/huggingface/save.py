@@ -101,7 +101,9 @@ def _config_text(config: DecoderConfig, like: Checkpoint | None, plan: _Plan, st
         ends = read_json(stage / GENERATION)
         spec |= {name: ends[name] for name in END_FIELDS if name in ends}
     spec.pop("dtype", None)
-    spec["torch_dtype"] = {code: dtype.name for dtype, code in CODES.items()}[dtypes[0]]
+    constant = () if plan.layout is None else plan.layout.buffers
+    first = next(t.dtype for file in plan.files for t in file.tensors if t.name not in constant)
+    spec["torch_dtype"] = {code: dtype.name for dtype, code in CODES.items()}[first]
     return json.dumps(spec, indent=2) + "\n"
 
 

@@ -78,14 +78,16 @@ def _qwen3(config: DecoderConfig) -> dict[str, Any]:
 def _gemma(config: DecoderConfig) -> dict[str, Any]:
     scalar = config.query_scale**-2
     whole = round(scalar)
-    common = _common(config)
+    common, types = _common(config), _layer_types(config)
+    if types["sliding_window"] is None:  # transformers reads it even if no layer has one
+        types["sliding_window"] = config.context
     return common | {
         "hidden_activation": common["hidden_act"],
         "attention_bias": config.attention.bias,
         "query_pre_attn_scalar": whole if math.isclose(scalar, whole, rel_tol=1e-9) else scalar,
         "attn_logit_softcapping": config.attention.softcap,
         "final_logit_softcapping": config.softcap,
-        **_layer_types(config),
+        **types,
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kl_rl.huggingface.errors import CheckpointError
@@ -179,11 +180,21 @@ def _host(leaf: Any, layer: int | None) -> np.ndarray:
     return whole(leaf if layer is None else leaf[layer])
 
 
+def _holds_less(kind: np.dtype, than: np.dtype) -> bool:
+    floats = all(jnp.issubdtype(x, jnp.floating) for x in (kind, than))
+    return floats and bool(jnp.finfo(kind).max < jnp.finfo(than).max)
+
+
 def _tensor(parts: list[Piece], weights: dict[str, Any], kind: np.dtype) -> np.ndarray:
     """A tensor as it is stored: its pieces side by side; rows that no piece covers are zero."""
     stored = np.zeros(parts[0].stored_shape, kind)
     for piece in parts:
-        piece.view(stored)[...] = _host(_leaf(weights, piece.path), piece.layer).astype(kind)
+        values = _host(_leaf(weights, piece.path), piece.layer)
+        with np.errstate(over="ignore"):
+            narrow = values.astype(kind)
+        if _holds_less(kind, values.dtype) and np.any(np.isinf(narrow) & np.isfinite(values)):
+            raise CheckpointError(f"weights: {'/'.join(piece.path)}: too large for {kind.name}; use bfloat16")
+        piece.view(stored)[...] = narrow
     return stored
 
 

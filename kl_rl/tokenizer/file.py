@@ -163,15 +163,15 @@ def _template(folder: Path) -> str | None:
 
 
 def _ids(folder: Path, name: str, inner: tokenizers.Tokenizer, token: str | None) -> tuple[int, ...]:
-    """Ids from generation_config.json, else config.json, else those of the special token."""
+    """Ids from generation_config.json, else config.json, else of the special token; of several it comes first."""
+    ident = None if token is None else inner.token_to_id(token)
     for file in (GENERATION, MODEL):
         value = read_object(folder / file).get(name)
         if value is not None:
             values = value if isinstance(value, list) else [value]
             if not all(isinstance(i, int) and i >= 0 for i in values):
                 raise ValueError(f"{folder / file}: {name}: must be an id or a list of ids; got {value!r}")
-            return tuple(values)
-    ident = None if token is None else inner.token_to_id(token)
+            return tuple(sorted(values, key=lambda i: i != ident))
     return () if ident is None else (ident,)
 
 

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from kl_rl.huggingface import save_checkpoint
 from kl_rl.models import merge_lora
-from kl_rl.processes import is_first, whole
+from kl_rl.processes import whole
+from kl_rl.tokenizer import Tokenizer
 from kl_rl.training.job import Job
 from kl_rl.training.programs import Run
 from kl_rl.training.returns import write_returns
 
 __all__ = ["export"]
+
+
+class _Conditional(NamedTuple):
+    """What is written beside the weights of a conditional model: its tokenizer and its return prior."""
+
+    tokenizer: Tokenizer
+    first_token: int
+    log_prior: np.ndarray
+    edges: np.ndarray
+
+    def save(self, folder: Path) -> None:
+        """Write all files."""
+        self.tokenizer.save(folder)
+        write_returns(folder, self.first_token, self.log_prior, self.edges)
 
 
 def export(job: Job, run: Run, folder: Path) -> None:
@@ -28,9 +46,8 @@ def export(job: Job, run: Run, folder: Path) -> None:
     policy = job.programs.trained(job.base, run)
     weights = merge_lora(policy) if job.settings.learning.lora else policy.params
     config, checkpoint = job.model.config, job.model.checkpoint
-    save_checkpoint(folder, config, weights, like=checkpoint, tokenizer_from=job.model.tokenizer)
+    tokenizer, beside = job.model.tokenizer, None
     if job.chosen.returns:
         mixed = job.programs.deployed(job.base, run, job.knobs)
-        log_prior, edges = whole((mixed.params.log_prior, run.edges))
-        if is_first():
-            write_returns(folder, job.model.first_token, log_prior, edges)
+        beside = _Conditional(tokenizer, job.model.first_token, *whole((mixed.params.log_prior, run.edges)))
+    save_checkpoint(folder, config, weights, like=checkpoint, tokenizer_from=beside or tokenizer)

@@ -31,7 +31,8 @@ class Journal:
             kept = (offsets or {}).get(name, 0)
             if file.tell() < kept:
                 self.shortened.append(name)
-            file.truncate(min(kept, file.tell()))
+                kept = (folder / name).read_bytes().rfind(b"\n") + 1
+            file.truncate(kept)
             file.seek(0, os.SEEK_END)
             self._files[name] = file
 

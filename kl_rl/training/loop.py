@@ -123,6 +123,7 @@ def run_steps(
             tree = advance(tree, step)
         except TrainingError:
             if kept.store.latest != step:
+                kept.journal.sync()  # as far as the offsets at least
                 kept.store.save(step, tree, {"offsets": offsets, **about()})
             raise
         done = step + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,9 @@ from kl_rl.training.rewards import PromptText
 from kl_rl.training.settings import Settings
 
 __all__ = ["Prompts", "load_prompts", "order_of", "split"]
+
+
+_LINE_END = re.compile(r"\r\n|\r|\n")  # not at form feeds and separators of Unicode, as str.splitlines
 
 
 class Prompts(NamedTuple):
@@ -102,7 +106,7 @@ def _text(name: str, length: int | None, model: Model) -> list[tuple[str, Conten
     except OSError as error:
         raise TrainingError(f"{name}: cannot be read: {error.strerror or error}") from error
     if length is None:
-        lines = enumerate(text.splitlines(), 1)
+        lines = enumerate(_LINE_END.split(text), 1)
         found = [(f"{name}: line {number}", Content(text=line)) for number, line in lines if line.strip()]
     else:
         ids = model.tokenizer.encode(text)
