@@ -23,6 +23,7 @@ def leave_one_out(value: jax.Array) -> jax.Array:
     size = value.shape[-1]
     if size < 2:
         raise ValueError(f"a leave-one-out baseline needs K >= 2 samples per prompt; got K = {size}")
+    value = value - value[..., :1]  # of equal values exactly 0
     return (value - jnp.mean(value, axis=-1, keepdims=True)) * (size / (size - 1))
 
 
@@ -41,6 +42,9 @@ def group_normalized(value: jax.Array, *, epsilon: float = 1e-6) -> jax.Array:
     """
     if value.shape[-1] < 2:
         raise ValueError(f"group normalization needs K >= 2 samples per prompt; got K = {value.shape[-1]}")
+    value = (
+        value - value[..., :1]
+    )  # a constant group is then exactly 0: the mean of equal floats need not equal them
     centred = value - jnp.mean(value, axis=-1, keepdims=True)
     return centred / (jnp.std(value, axis=-1, keepdims=True) + epsilon)
 

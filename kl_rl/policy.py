@@ -262,9 +262,9 @@ class _MixturePrepare:
 def mixture(policy: Policy, first_token: jax.Array, log_prior: jax.Array) -> Policy:
     """One policy out of a conditional one and a prior over its conditions, with an exact log-probability.
 
-    ``q(y | x) = sum_R prior(R) q(y | R, x)``, where R replaces the first token of the prompt. As a sequence
-    model its next-token law is the R-average weighted by ``prior(R) q(y_<t | R)``, normalized (the posterior
-    over R given the prefix).
+    ``q(y | x) = sum_R prior(R) q(y | R, x)``, where R replaces column 0 of the prompt (so pad on the right). As a
+    sequence model its next-token law is the R-average weighted by ``prior(R) q(y_<t | R)``, normalized (the
+    posterior over R given the prefix).
 
     Args:
       policy: conditional policy.

@@ -95,7 +95,10 @@ def _inverse(law: jax.Array, uniform: jax.Array) -> jax.Array:
     mass = jnp.exp(law)
     total = jnp.cumsum(mass, axis=-1)
     index = jnp.arange(law.shape[-1], dtype=jnp.int32)[None]
-    above = (total > uniform[:, None] * total[:, -1:]) & (mass > 0)
+    middle = (
+        uniform + jnp.finfo(uniform.dtype).eps / 2
+    )  # of the cell of the grid: 0 would be drawn far too often
+    above = (total > middle[:, None] * total[:, -1:]) & (mass > 0)
     first = jnp.min(jnp.where(above, index, law.shape[-1]), axis=-1)
     last = jnp.max(jnp.where(mass > 0, index, 0), axis=-1)  # should rounding leave nothing above
     return jnp.minimum(first, last)

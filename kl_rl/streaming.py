@@ -12,7 +12,7 @@ import numpy as np
 
 from kl_rl.policy import Policy
 from kl_rl.sampler import Progress, begin, proceed
-from kl_rl.transform import Transform
+from kl_rl.transform import Transform, check_transform
 
 __all__ = ["Completion", "bucket_length", "cache_bytes", "pad_prompts", "stream"]
 
@@ -48,14 +48,16 @@ def bucket_length(length: int, smallest: int = 16) -> int:
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], length: int | None = None) -> np.ndarray:
-    """Prompts of any lengths as one left-padded array; int32 [P, L].
+    """Prompts of any lengths as one array, padded on the right: what comes first in a prompt is in column 0.
+
+    A return token takes that place (``decision_transformer``, ``mixture``).
 
     Args:
       prompts: token ids, at least one each.
       length: L; the bucket of the longest if None.
 
     Returns:
-      The ids, -1 where there is padding.
+      int32 [P, L]; -1 where there is padding.
 
     Raises:
       ValueError: for an empty prompt, or one longer than L; naming its number.
@@ -68,7 +70,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], length: int | None = None) -> 
     size = bucket_length(max(map(len, prompts))) if length is None else length
     rows = np.full((len(prompts), size), PAD, np.int32)
     for row, ids in zip(rows, prompts, strict=True):
-        row[size - len(ids) :] = ids
+        row[: len(ids)] = ids
     return rows
 
 
@@ -146,6 +148,7 @@ def stream(
       ValueError: for an empty prompt or a transform out of range.
     """
     transform, stop = transform or Transform(), tuple(stop)
+    check_transform(transform, stop)
     prompt = jnp.asarray(pad_prompts(prompts))
     progress = _begin(policy, key, prompt, transform, num_samples=num_samples, horizon=horizon, stop=stop)
     given = np.zeros(progress.alive.shape, bool)

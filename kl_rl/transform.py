@@ -6,6 +6,7 @@ that teacher forcing would give. Off-policy corrections need it: truncation bias
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class Transform(NamedTuple):
     top_k: jax.Array | int | None = None
     top_p: jax.Array | float | None = None
     min_length: jax.Array | int | None = None
-    force_end: bool | None = None
+    force_end: jax.Array | bool | None = None
 
     @property
     def identity(self) -> bool:
@@ -50,13 +51,13 @@ def check_transform(transform: Transform, stop: Sequence[int]) -> None:
       ValueError: naming the field.
     """
     known = lambda x: x is not None and not isinstance(x, jax.core.Tracer)
-    if known(transform.temperature) and not transform.temperature >= 0:  # type: ignore[operator]
-        raise ValueError(f"temperature must be at least 0; got {transform.temperature}")
+    if known(transform.temperature) and not 0 <= transform.temperature < math.inf:  # type: ignore[operator]
+        raise ValueError(f"temperature must be at least 0 and finite; got {transform.temperature}")
     if known(transform.top_k) and not transform.top_k >= 1:  # type: ignore[operator]
         raise ValueError(f"top_k must be at least 1; got {transform.top_k}")
     if known(transform.top_p) and not 0 < transform.top_p <= 1:  # type: ignore[operator]
         raise ValueError(f"top_p must lie in (0, 1]; got {transform.top_p}")
-    if transform.force_end and not stop:
+    if known(transform.force_end) and transform.force_end and not stop:
         raise ValueError("force_end needs a stop token")
 
 
@@ -73,10 +74,11 @@ def _length_rules(
     ends = _is_stop(stop, log_probs.shape[-1]).reshape(expand)
     if transform.min_length is not None:
         log_probs = jnp.where(ends & (index < transform.min_length), -jnp.inf, log_probs)
-    if transform.force_end:
+    if transform.force_end is not None:
         first = (jnp.arange(log_probs.shape[-1]) == stop[0]).reshape(expand)
         forced = jnp.broadcast_to(jnp.where(first, 0.0, -jnp.inf).astype(log_probs.dtype), log_probs.shape)
-        log_probs = jnp.where(index == horizon - 1, forced, log_probs)
+        last = jnp.logical_and(transform.force_end, index == horizon - 1)
+        log_probs = jnp.where(last, forced, log_probs)
     return log_probs
 
 
@@ -111,7 +113,7 @@ def transformed(
     """
     if transform.identity:
         return log_probs
-    if stop and (transform.min_length is not None or transform.force_end):
+    if stop and (transform.min_length is not None or transform.force_end is not None):
         log_probs = _length_rules(transform, log_probs, jnp.asarray(index), horizon, stop)
     if transform.temperature is not None:
         log_probs = _tempered(log_probs, transform.temperature)
@@ -135,6 +137,8 @@ def _truncated(transform: Transform, log_probs: jax.Array) -> jax.Array:
         before = jnp.concatenate(
             [jnp.zeros_like(share[..., :1]), jnp.cumsum(share, axis=-1)[..., :-1]], axis=-1
         )
-        kept &= before < transform.top_p
+        kept &= (before < transform.top_p) | jnp.greater_equal(
+            transform.top_p, 1.0
+        )  # sums of floats reach 1 early
     rank = jnp.argsort(order, axis=-1)
     return jnp.where(jnp.take_along_axis(kept, rank, axis=-1), log_probs, -jnp.inf)

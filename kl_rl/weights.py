@@ -59,15 +59,19 @@ def best_of_n(reward: jax.Array, n: jax.Array | float) -> jax.Array:
     below_or_equal = jnp.sum(reward[..., None, :] <= reward[..., :, None], axis=-1)
     below = jnp.sum(reward[..., None, :] < reward[..., :, None], axis=-1)
 
-    def subsets_within(count):
-        """C(count, n) / C(K, n), zero where count < n."""
-        enough = count >= n
-        top = jnp.where(enough, count, size).astype(reward.dtype)
-        gammaln = jax.scipy.special.gammaln
-        log_ratio = gammaln(top + 1) - gammaln(top - n + 1) - gammaln(size + 1.0) + gammaln(size - n + 1.0)
-        return jnp.where(enough, jnp.exp(log_ratio), 0.0)
+    share = _subset_shares(size, n, jnp.result_type(reward.dtype, jnp.float32))
+    return (share[below_or_equal] - share[below]) / (below_or_equal - below)
 
-    return (subsets_within(below_or_equal) - subsets_within(below)) / (below_or_equal - below)
+
+def _subset_shares(size: int, n: jax.Array | float, dtype: jnp.dtype) -> jax.Array:
+    """``C(c, n) / C(K, n) = prod_{j=c+1..K} (1 - n / j)`` for c = 0 ... K, zero where c < n; [K + 1].
+
+    Differences of log-gammas would lose five digits at K = 1000 in float32.
+    """
+    count = jnp.arange(size + 1, dtype=dtype)
+    later = jnp.where(count > n, jnp.log1p(-n / jnp.maximum(count, 1)), 0.0)  # of j = c; [K + 1]
+    log_share = jnp.cumsum(later[::-1])[::-1] - later
+    return jnp.where(count >= n, jnp.exp(log_share), 0.0)
 
 
 def effective_sample_size(weight: jax.Array, axis: int = -1) -> jax.Array:

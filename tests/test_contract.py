@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 # hundred operations. bfloat16 has 2^-8: activations differ between one row and many by about that, times their size.
 BOUND = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 0.1}
 PROMPT = [[3, 5, 6], [1, 2, 3, 4, 5], [7], [8, 9]]
-LEFT = jnp.asarray(pad_prompts(PROMPT, 5))
-RIGHT = jnp.asarray([row + [-1] * (5 - len(row)) for row in PROMPT], jnp.int32)
+LEFT = jnp.asarray([[-1] * (5 - len(row)) + row for row in PROMPT], jnp.int32)
+RIGHT = jnp.asarray(pad_prompts(PROMPT, 5))
 K, T = 3, 7
 
 

@@ -50,14 +50,14 @@ def no_template(messages):
     raise ValueError("no chat template")
 
 
-def test_prompts_are_padded_on_the_left(tmp_path):
+def test_prompts_are_padded_on_the_right(tmp_path):
     rows = [{"prompt": "abc"}, {"tokens": [7]}, {"messages": [{"role": "user", "content": "d"}]}]
     records = load(tmp_path, PromptRecord, *rows)
     render = lambda messages: "x" + "".join(m["content"] for m in messages)
-    expected = [[-1, 1, 2, 3], [-1, -1, -1, 7], [-1, -1, 24, 4]]
+    expected = [[1, 2, 3, -1], [7, -1, -1, -1], [24, 4, -1, -1]]
     assert encode_prompts(records, encoder(Limits(prompt=4), render=render)).tolist() == expected
-    assert encode_prompts(records[:2], encoder()).tolist() == [[1, 2, 3], [-1, -1, 7]]
-    assert encode_prompts(records[:2], encoder(begin=30)).tolist() == [[30, 1, 2, 3], [-1, -1, 30, 7]]
+    assert encode_prompts(records[:2], encoder()).tolist() == [[1, 2, 3], [7, -1, -1]]
+    assert encode_prompts(records[:2], encoder(begin=30)).tolist() == [[30, 1, 2, 3], [30, 7, -1, -1]]
     assert encode_prompts(records[2:], encoder(begin=30, render=render)).tolist() == [
         [24, 4]
     ]  # a template begins
@@ -84,7 +84,7 @@ def test_too_long_a_prompt_is_named_truncated_or_skipped(tmp_path, limits, room)
         with pytest.raises(DataError, match="line 1: the prompt has 2 tokens where there is room for 1"):
             encode_prompts(records, encoder(Limits(**limits, overflow="truncate"), begin=30))
     skipped = Skipped()
-    assert encode_prompts(records, encoder(Limits(**limits)), skipped=skipped)[:, -1].tolist() == [1]
+    assert encode_prompts(records, encoder(Limits(**limits)), skipped=skipped)[:, 0].tolist() == [1]
     assert skipped.count == 1
 
 
@@ -100,7 +100,7 @@ def test_logged_records_reach_their_arrays(tmp_path):
            "log_behaviour": [[-1, -1, 5e-7], [-2]]}  # fmt: skip
     batch = encode_logged(load(tmp_path, LoggedRecord, LOGGED, cut, ids), encoder())
     checked(batch, (3, 2, 3))
-    assert batch.prompt.tolist() == [[1, 2], [-1, 26], [-1, 26]]
+    assert batch.prompt.tolist() == [[1, 2], [26, -1], [26, -1]]
     assert batch.tokens.tolist() == [[[3, 0, 0], [4, 5, 0]], [[3, 4, 0], [5, 0, 0]], [[5, 6, 7], [8, 0, 0]]]
     assert batch.mask.sum(-1).tolist() == [[2, 3], [2, 2], [3, 1]]
     assert batch.log_behaviour.sum(-1).tolist() == [[-3, -3], [-3, -7], [-2, -2]]

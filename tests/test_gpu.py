@@ -15,10 +15,9 @@ from kl_rl.models import DecoderConfig, Execution, decoder_policy
 from kl_rl.models.attention import row_attention
 from kl_rl.models.positions import layout_of
 from kl_rl.sampler import generate
-from kl_rl.streaming import pad_prompts
 
 pytestmark = pytest.mark.gpu
-PROMPT = jnp.asarray(pad_prompts([[3, 5, 6], [1, 2, 3, 4, 5], [7], [8, 9]], 5))
+PROMPT = jnp.asarray([[-1, -1, 3, 5, 6], [1, 2, 3, 4, 5], [7, -1, -1, -1, -1], [8, 9, -1, -1, -1]])
 BOUND = {"float32": 1e-5, "bfloat16": 0.1}  # as in tests/test_contract.py
 
 

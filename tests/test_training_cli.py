@@ -186,6 +186,10 @@ BAD = {
     ),
     "beta": ({"--beta": "0"}, "--beta must be positive"),
     "n": ({"method": "best-of-n", "--n": "5"}, "--n must be at most --num-samples = 4"),
+    "temperature": (
+        {"method": "grpo", "--temperature": "0.7"},
+        "grpo takes its samples as they are drawn: another --temperature than 1 would move what it learns",
+    ),
     "threshold": ({"method": "filter"}, "needs --threshold"),
     "steps": ({"--steps": "-1"}, "--steps must be at least 1"),
     "reward raises": ({"--reward": "rewards.py:raises"}, "raised KeyError: 'nothing' for prompt '"),

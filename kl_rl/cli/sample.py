@@ -39,7 +39,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--max-tokens", type=int, metavar="T", help="longest completion (default: what fits, at most 128)"
     )
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default 1)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="only the K most probable tokens")
+    parser.add_argument("--top-k", type=int, metavar="K", help="only the K most probable tokens (0: all)")
     parser.add_argument("--top-p", type=float, metavar="P", help="only the most probable tokens with mass P")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--json", action="store_true", help="one JSON object per completion")
@@ -77,21 +77,27 @@ def run(args: argparse.Namespace) -> int:
     from kl_rl.cli.allocator import retain_freed_memory
     from kl_rl.cli.cache import use_cache
 
-    if args.num < 1 or args.seed < 0:
-        raise ValueError("--num must be at least 1, and --seed at least 0")
+    if args.num < 1:
+        raise ValueError(f"--num must be at least 1; got {args.num}")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be at least 0 and less than 2**32; got {args.seed}")
+    if args.top_k == 0:  # as elsewhere: all of them
+        args.top_k = None
     retain_freed_memory()
     use_cache()
     import jax
 
     from kl_rl.streaming import stream
-    from kl_rl.training.model import load_model, model_folder
-    from kl_rl.training.returns import deployed_policy
+    from kl_rl.training.model import begin_of, load_model, model_folder
+    from kl_rl.training.returns import deployed_policy, with_place
     from kl_rl.transform import Transform
 
     model = load_model(args.model)
     ids = _ids(args, model.tokenizer)
-    horizon = _horizon(args, len(ids), model.config.context)
     policy = deployed_policy(model_folder(args.model), model.base)
+    if policy is not model.base:
+        ids = with_place(ids, begin_of(model.tokenizer))
+    horizon = _horizon(args, len(ids), model.config.context)
     stop = tuple(end for end in model.tokenizer.end_ids if end < model.config.vocab)
     transform = Transform(args.temperature, args.top_k, args.top_p)
     options = {"num_samples": args.num, "horizon": horizon, "transform": transform, "stop": stop}

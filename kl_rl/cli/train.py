@@ -61,7 +61,7 @@ OPTIONS: tuple[tuple[str, Any, str, str], ...] = (
     ("eval-samples", int, "N", "completions of each held-out prompt in a measurement (default 32)"),
     ("lr", float, "R", "peak learning rate (default 1e-4; with --lora more, such as 1e-3)"),
     ("lora", int, "RANK", "train an adapter of this rank, not all weights"),
-    ("temperature", float, "T", "of the sampler (default 1)"),
+    ("temperature", float, "T", "of the sampler (default 1; not for methods that do not correct for it)"),
     ("seed", int, "N", "default 0"),
     ("save-every", int, "N", "steps between checkpoints (default: a tenth of --steps)"),
 )

@@ -58,10 +58,10 @@ class Context(NamedTuple):
     data_size: int
     parts: int = 1
 
-    def optimizer(self, factor: float = 1.0) -> optax.GradientTransformation:
+    def optimizer(self, factor: float = 1.0, *, epochs: int = 1) -> optax.GradientTransformation:
         """Adam with a global-norm clip and a linear decay to a tenth: averages out sampling noise at the end."""
         peak = self.learning_rate * factor
-        schedule = optax.linear_schedule(peak, 0.1 * peak, self.steps)
+        schedule = optax.linear_schedule(peak, 0.1 * peak, self.steps * epochs)
         return in_parts(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)), self.parts)
 
     def fresh(self) -> Source:
@@ -108,7 +108,9 @@ def _reinforce_free(beta: Any, c: Context) -> Setup:
 
 
 def _ppo(beta: Any, c: Context) -> Setup:
-    return Setup(families.ppo(optimizer=c.optimizer(), twist=c.twist), Tilt(beta), c.fresh())
+    epochs = 2
+    algorithm = families.ppo(optimizer=c.optimizer(epochs=epochs), twist=c.twist, epochs=epochs)
+    return Setup(algorithm, Tilt(beta), c.fresh())
 
 
 def _grpo(beta: Any, c: Context) -> Setup:

@@ -23,7 +23,7 @@ EncodeReturn = Callable[[float], Sequence[int]]
 def encode_prompts(
     records: Iterable[PromptRecord], encoder: Encoder, *, skipped: Skipped | None = None
 ) -> np.ndarray:
-    """Prompts, padded with -1 on the left; with a context limit, ``limits.completion`` tokens of it are kept free.
+    """Prompts, padded with -1 on the right; with a context limit, ``limits.completion`` tokens of it are kept free.
 
     Args:
       records: P of them.

@@ -1,4 +1,4 @@
-"""Ragged token sequences to the arrays of ``Trajectories``: prompts padded on the left, completions on the right."""
+"""Ragged token sequences to the arrays of ``Trajectories``: prompts and completions padded on the right."""
 
 from __future__ import annotations
 
@@ -117,13 +117,13 @@ def fitted(
         return [*prompt[:keep], *prompt[len(prompt) - room + keep :]]
     raise DataError(
         f"{where}: the prompt has {len(prompt)} tokens where there is room for {room} "
-        f"(context {limits.context}, longest completion {longest}): shorten it, raise the limit, "
-        'or ask for overflow="truncate"'
+        f"(context {limits.context}, longest completion {longest}): shorten it, raise the limit, or "
+        "have it cut (Limits.overflow)"
     )
 
 
 def padded_prompts(prompts: Sequence[Sequence[int]], length: int | None = None) -> np.ndarray:
-    """Left-padded with -1 to ``length``, or to the longest; int32 [P, L].
+    """Padded with -1 on the right to ``length``, or to the longest; int32 [P, L].
 
     Args:
       prompts: ids, each at most ``length`` long.
@@ -141,7 +141,7 @@ def padded_prompts(prompts: Sequence[Sequence[int]], length: int | None = None) 
         raise ValueError(f"a prompt of {longest} tokens does not fit a length of {length}")
     out = np.full((len(prompts), length), PADDING, np.int32)
     for row, prompt in zip(out, prompts, strict=True):
-        row[length - len(prompt) :] = prompt
+        row[: len(prompt)] = prompt
     return out
 
 

@@ -11,7 +11,7 @@ from kl_rl.training.errors import TrainingError
 from kl_rl.training.memory import Memory
 from kl_rl.training.settings import Settings, Task
 
-__all__ = ["ALIASES", "Chosen", "choose"]
+__all__ = ["ALIASES", "TAKES_SAMPLES_AS_DRAWN", "Chosen", "choose"]
 
 ALIASES: Mapping[str, str] = {
     "rlhf": "rloo",
@@ -24,6 +24,11 @@ ALIASES: Mapping[str, str] = {
     "path-consistency": "pcl-replay",
     "dpg": "alpha-1",
 }
+
+TAKES_SAMPLES_AS_DRAWN = frozenset(
+    "rloo-free ppo grpo filter best-of-n expert-iteration dt-tilted dt-max dt-quantile ipo".split()
+)
+"""Methods whose target follows the sampler: with tempered samples they would not approach the law they are for."""
 
 _FRESH, _REPLAY, _LOGGED, _COMPARED = memory.fresh(), memory.replay(), memory.logged(), memory.compared()
 _MEMORY: Mapping[str, Memory] = {
@@ -73,6 +78,11 @@ def _check(method: Method, settings: Settings) -> None:
         raise TrainingError(f"--n must be at most --num-samples = {samples}; got {task.n:g}")
     if method.family == "preference" and samples % 2:
         raise TrainingError(f"{task.method} compares pairs: --num-samples must be even; got {samples}")
+    if settings.learning.temperature != 1.0 and method.name in TAKES_SAMPLES_AS_DRAWN:
+        raise TrainingError(
+            f"{task.method} takes its samples as they are drawn: another --temperature than 1 would move what it "
+            "learns; rlhf, reward-weighted, dpo and the off-policy methods correct for it"
+        )
     if settings.sizes.gradient_accumulation > 1 and method.name.startswith("rwr"):
         raise TrainingError(
             f"{task.method} normalizes its weights over the whole batch: it cannot have --gradient-accumulation"

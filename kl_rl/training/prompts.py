@@ -13,6 +13,7 @@ from kl_rl.data import DataError, Encoder, Limits, PromptRecord, load_records
 from kl_rl.data.row import Content
 from kl_rl.training.errors import TrainingError
 from kl_rl.training.model import Model, begin_of
+from kl_rl.training.returns import with_place
 from kl_rl.training.rewards import PromptText
 from kl_rl.training.settings import Settings
 
@@ -52,22 +53,25 @@ def load_prompts(settings: Settings, model: Model) -> Prompts:
       TrainingError, DataError: naming file, line and field, or the prompt that does not fit the context.
     """
     task, tokenizer, begin = settings.task, model.tokenizer, begin_of(model.tokenizer)
-    slot = [] if begin is not None or model.first_token < 0 else [-1]
+    place = int(begin is None and model.first_token >= 0)
     render = tokenizer.apply_chat if tokenizer.chat_template is not None else None
-    if settings.sizes.horizon >= model.config.context - len(slot):
+    if settings.sizes.horizon >= model.config.context - place:
         raise TrainingError(
             f"--horizon {settings.sizes.horizon} leaves no room for a prompt in a context of {model.config.context}"
         )
-    limits = Limits(context=model.config.context - len(slot), completion=settings.sizes.horizon)
+    limits = Limits(
+        context=model.config.context - place,
+        completion=settings.sizes.horizon,
+        vocab=model.config.vocab + model.config.extra,
+    )
     encoder = Encoder(tokenizer, limits, render=render, add_end=False, begin=begin)
     rows, conversations = [], []
     for where, content in _spread(_contents(settings, model), task.num_prompts):
         ids = encoder.fit(where, encoder.prompt(where, content), settings.sizes.horizon)
-        if begin is not None and model.first_token >= 0 and list(ids[:1]) != [begin]:
-            raise DataError(
-                f"{where}: return tokens replace the begin mark, and this prompt does not begin with it"
-            )
-        rows.append([*slot, *ids])
+        try:
+            rows.append(list(ids) if model.first_token < 0 else with_place(ids, begin))
+        except TrainingError as error:
+            raise DataError(f"{where}: {error}") from error
         conversations.append(content.messages if content.tokens is None else None)
     if not rows:
         raise TrainingError(f"{task.prompts}: holds no prompt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from kl_rl.policy import Policy, mixture
 from kl_rl.training.errors import TrainingError
 from kl_rl.training.model import RETURN_TOKENS
 
-__all__ = ["RETURNS_FILE", "deployed_policy", "return_edges", "write_returns"]
+__all__ = ["RETURNS_FILE", "deployed_policy", "return_edges", "with_place", "write_returns"]
 
 RETURNS_FILE = "kl_rl_returns.json"
 
@@ -43,6 +44,26 @@ def return_edges(reward: np.ndarray) -> np.ndarray:
     padded = np.full(RETURN_TOKENS - 1, np.inf, np.float32)
     padded[: len(edges)] = edges
     return padded
+
+
+def with_place(ids: Sequence[int], begin: int | None) -> list[int]:
+    """A prompt with a place for a return token in front: its begin mark, or -1 where the tokenizer has none.
+
+    Args:
+      ids: of the prompt.
+      begin: id of the begin mark, or None.
+
+    Returns:
+      The ids.
+
+    Raises:
+      TrainingError: there is a begin mark, and this prompt does not begin with it.
+    """
+    if begin is None:
+        return [-1, *ids]
+    if list(ids[:1]) != [begin]:
+        raise TrainingError("return tokens replace the begin mark, and this prompt does not begin with it")
+    return list(ids)
 
 
 def write_returns(folder: Path, first_token: int, log_prior: np.ndarray, edges: np.ndarray) -> None:

@@ -10,18 +10,27 @@ from kl_rl.training.errors import TrainingError
 __all__ = ["Learning", "PretrainPlan", "Saving", "Settings", "Sizes", "Task"]
 
 
+def _option(name: str) -> str:
+    return "--lr" if name == "learning_rate" else f"--{name.replace('_', '-')}"
+
+
 def _at_least(group: Any, least: float, *names: str) -> None:
     for name in names:
         value = getattr(group, name)
         if value is not None and not value >= least:
-            raise TrainingError(f"--{name.replace('_', '-')} must be at least {least:g}; got {value}")
+            raise TrainingError(f"{_option(name)} must be at least {least:g}; got {value}")
 
 
 def _positive(group: Any, *names: str) -> None:
     for name in names:
         value = getattr(group, name)
         if value is not None and not 0 < value < float("inf"):
-            raise TrainingError(f"--{name.replace('_', '-')} must be positive and finite; got {value}")
+            raise TrainingError(f"{_option(name)} must be positive and finite; got {value}")
+
+
+def _seed(group: Any) -> None:
+    if not 0 <= group.seed < 2**32:  # of what keys are made of
+        raise TrainingError(f"--seed must be at least 0 and less than 2**32; got {group.seed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +143,8 @@ class Learning:
           TrainingError: naming the option.
         """
         _positive(self, "learning_rate", "temperature")
-        _at_least(self, 0, "lora", "seed")
+        _at_least(self, 0, "lora")
+        _seed(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +226,6 @@ class PretrainPlan:
         _positive(self, "minutes", "learning_rate")
         _at_least(self, 1, "steps", "width", "layers", "heads", "batch")
         _at_least(self, 8, "context")
-        _at_least(self, 0, "seed")
+        _seed(self)
         if self.width % self.heads:
             raise TrainingError(f"--width must be a multiple of --heads, {self.heads}; got {self.width}")
