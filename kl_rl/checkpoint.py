@@ -188,9 +188,8 @@ class Checkpoints:
             facts, found = saved["facts"], saved["default"]
             written, about = facts["checksums"], facts["about"]
         except Exception as error:  # whatever damage makes of it
-            raise DamagedCheckpoint(
-                f"{where}: cannot be read: {str(error).split(chr(10))[0][:200]}"
-            ) from error
+            reason = str(error.__cause__ or error).split("\n")[0]  # orbax puts its whole specification first
+            raise DamagedCheckpoint(f"{where}: cannot be read: {reason[:200]}") from error
         if written.keys() != plain.keys():
             raise DamagedCheckpoint(f"{where}: holds {len(written)} arrays, not {len(plain)}")
         read = _checksums({name: found[name] for name in plain})

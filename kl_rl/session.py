@@ -101,7 +101,8 @@ class Session:
 
     def _check_settings(self, settings: dict[str, Any], resume: bool) -> None:
         path = self.folder / "run.json"
-        if not path.exists():
+        self._new = not path.exists()
+        if self._new:
             unfinished = _temporary(path).name  # of a run that was killed as it began
             foreign = [p.name for p in self.folder.iterdir() if p.name not in (".lock", unfinished)]
             if foreign:
@@ -154,6 +155,13 @@ class Session:
             write_atomically(path, "".join(lines[: len(whole)]))
         return whole
 
+    def withdraw(self) -> None:
+        """Let the folder be asked for otherwise, if this session is new and holds nothing but its settings."""
+        own = {"run.json", "provenance.json"}
+        if self._new and {path.name for path in self.folder.iterdir()} <= own | {".lock"}:
+            for name in own:
+                (self.folder / name).unlink(missing_ok=True)
+
     def close(self) -> None:
         """Release the folder."""
         self._lock.close()
@@ -161,9 +169,12 @@ class Session:
 
 @contextlib.contextmanager
 def opened(folder: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[Session]:
-    """A session that is closed whatever happens."""
+    """A session that is closed whatever happens; a new one that fails before anything is written leaves no trace."""
     session = Session(folder, settings, resume=resume)
     try:
         yield session
+    except BaseException:
+        session.withdraw()
+        raise
     finally:
         session.close()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kl_rl.session import OutputError, Session
+from kl_rl.session import OutputError, Session, opened
 from kl_rl.training.journal import Journal
 
 
@@ -40,6 +40,19 @@ def test_a_run_that_was_killed_as_it_began_can_be_asked_for_again(tmp_path):
     session.close()
     assert json.loads((tmp_path / "run.json").read_text()) == {"a": 1}
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "run.json"]
+
+
+def test_a_new_session_that_fails_at_once_leaves_the_folder_free(tmp_path):
+    """Unless something has been written, or the run was there before."""
+    for write, resume in ((False, False), (True, False), (False, True)):
+        with (
+            pytest.raises(ValueError, match="bad text"),
+            opened(tmp_path, {"a": 1}, resume=resume) as session,
+        ):
+            if write:
+                session.append("rows.jsonl", [{"step": 1}])
+            raise ValueError("bad text")
+        assert (tmp_path / "run.json").exists() == (write or resume)
 
 
 ROWS = [{"step": i, "loss": 0.5 * i} for i in range(3)]

@@ -401,11 +401,25 @@ def test_a_step_in_parts_equals_a_step(world):
     assert {name: rows[0][name] for name in rows[0]} == pytest.approx(rows[1], rel=1e-5, abs=1e-6)
 
 
+def test_nothing_learned_is_said(world, tmp_path):
+    """No completion reaches the threshold; and of one prompt none is held out."""
+    settings, said = asked(world, "filter", sizes=dataclasses.replace(SIZES, held_out=0)), []
+    task = dataclasses.replace(settings.task, threshold=1e6)
+    result = train(dataclasses.replace(settings, task=task), fresh_folder(tmp_path, "run"), say=said.append)
+    assert said[1:] == [
+        "warning: no sample had any weight (no reward passed) in any step: nothing was learned"
+    ]
+    assert result["held_out"] is False
+
+
 def test_measurements_start_at_zero(world, tmp_path):
     """Before the first step q is p0: every divergence is 0 up to rounding."""
-    folder = fresh_folder(tmp_path, "run")
-    train(asked(world, "rlhf"), folder)
+    folder, said = fresh_folder(tmp_path, "run"), []
+    train(asked(world, "rlhf"), folder, say=said.append)
+    assert len(said) == 1 and "rounded" not in said[0] and "words" in said[0]  # how the word list was read
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 2, 4]
+    assert any("effective sample size" in warning for row in rows for warning in row["warnings"])
+    assert len({row["base_reward"] for row in rows}) == 1 and all(row["held_out"] for row in rows)
     assert abs(rows[0]["kl"]) < 1e-5 and rows[0]["C"] < 1e-5
     assert rows[-1]["C_lower"] <= rows[-1]["C"] <= rows[-1]["C_upper"]

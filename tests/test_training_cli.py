@@ -5,10 +5,13 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 from training_world import contents, make_world
+
+from kl_rl.cli.progress import live_progress
 
 SIZE = (
     "--steps", 8, "--batch", 2, "--num-samples", 4, "--horizon", 8,
@@ -145,6 +148,9 @@ def raises(prompt, completion):
 def nan(prompt, completion):
     return float("nan")
 
+def exits(prompt, completion):
+    raise SystemExit(3)
+
 def text(prompt, completion):
     return "good"
 
@@ -153,7 +159,7 @@ def constant(prompt, completion):
 """
 
 BAD = {
-    "unknown method": ({"method": "rlfh"}, "unknown method 'rlfh'; known: rlhf"),
+    "unknown method": ({"method": "rlfh"}, "unknown method 'rlfh'; did you mean rlhf? (known: rlhf"),
     "missing base": ({"--base": "nowhere"}, "nowhere: no such folder"),
     "base without tokenizer": ({"--base": "no_tokenizer"}, "tokenizer.json: missing"),
     "tokenizer of another model": ({"--base": "wrong_tokenizer"}, "the tokenizer has ids up to"),
@@ -161,7 +167,15 @@ BAD = {
     "missing prompts": ({"--prompts": "nowhere.jsonl"}, "nowhere.jsonl: cannot be read"),
     "malformed prompts": ({"--prompts": "bad.jsonl"}, "bad.jsonl: line 2: column"),
     "prompt of a wrong type": ({"--prompts": "number.jsonl"}, 'number.jsonl: line 2: field "prompt"'),
+    "prompt of foreign ids": (
+        {"--prompts": "ids.jsonl"},
+        "ids.jsonl: line 2: the prompt has token id 999, but the vocabulary has",
+    ),
     "prompt too long": ({"--prompts": "long.jsonl"}, "long.jsonl: line 2: the prompt has 61 tokens"),
+    "text without a prompt": (
+        {"--prompts": "short.txt", "--prompt-length": "20"},
+        "short.txt: has 9 tokens, less than one prompt of --prompt-length 20",
+    ),
     "unknown kind of prompts": ({"--prompts": "words.json"}, "not a known kind of data"),
     "module that is not there": ({"--reward": "no_module:f"}, "cannot import no_module"),
     "function that is not there": ({"--reward": "rewards.py:f"}, "has no function 'f'"),
@@ -170,6 +184,10 @@ BAD = {
         {"method": "decision-transformer", "--reward": "rewards.py:constant"},
         "completions of the base model score 1: there is no return to condition on",
     ),
+    "function without a name": ({"--reward": "rewards.py"}, "name the function too: rewards.py:function"),
+    "empty reward": ({"--reward": ""}, "--reward is empty; a reward is module:function"),
+    "learning rate": ({"--lr": "0"}, "--lr must be positive and finite; got 0.0"),
+    "seed": ({"--seed": "99999999999999999999"}, "--seed must be at least 0 and less than 2**32"),
     "malformed words": ({"--reward": "bad.json"}, "bad.json: line 1"),
     "no room": ({"--horizon": "40"}, "--horizon 40 leaves no room for a prompt in a context of 40"),
     "mesh": ({"--mesh": "data=2,depth=2"}, "'depth=2' is not data=N"),
@@ -193,6 +211,7 @@ BAD = {
     "threshold": ({"method": "filter"}, "needs --threshold"),
     "steps": ({"--steps": "-1"}, "--steps must be at least 1"),
     "reward raises": ({"--reward": "rewards.py:raises"}, "raised KeyError: 'nothing' for prompt '"),
+    "reward exits": ({"--reward": "rewards.py:exits"}, "RuntimeError: it called sys.exit(3) for prompt '"),
     "reward is nan": ({"--reward": "rewards.py:nan"}, "returned nan, not a finite number, for prompt '"),
     "reward is text": ({"--reward": "rewards.py:text"}, "returned 'good' (str), not a number"),
 }
@@ -209,6 +228,8 @@ def bad_input(world):
     (folder / "long.jsonl").write_text(
         json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "x" * 60}) + "\n"
     )
+    (folder / "ids.jsonl").write_text('{"prompt_tokens": [72, 73]}\n{"prompt_tokens": [72, 999]}\n')
+    (folder / "short.txt").write_text("too short")
     (folder / "bad.json").write_text("{")
     shutil.copy(world.reward, folder / "words.json")
     for name in ("no_tokenizer", "wrong_tokenizer", "truncated"):
@@ -283,6 +304,72 @@ def test_sample_prints_what_was_asked_for(world, capsys):
     assert main([*ask, "--temperature", "0"]) == 0
     greedy = {json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()}
     assert len(greedy) == 1
+
+
+@pytest.mark.parametrize(("asked", "status", "message"), [
+    (("--top-k", "-1"), 2, "top_k must be at least 1; got -1"),
+    (("--top-p", "0"), 2, "top_p must lie in (0, 1]; got 0.0"),
+    (("--temperature", "-1"), 2, "temperature must be at least 0 and finite; got -1.0"),
+    (("--temperature", "inf"), 2, "temperature must be at least 0 and finite; got inf"),
+    (("--seed", "4294967296"), 2, "--seed must be at least 0 and less than 2**32"),
+    (("--num", "0"), 2, "--num must be at least 1; got 0"),
+    (("--top-k", "0"), 0, ""),
+])  # fmt: skip
+def test_samples_are_asked_for_within_range(asked, status, message, world, capsys):
+    from kl_rl.cli import main
+
+    command = ["sample", "--model", str(world.base), "--prompt", "a", "--max-tokens", "2", *asked]
+    assert main(command) == status
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == bool(status)
+
+
+def test_a_run_that_has_not_ended_has_no_model(tmp_path, capsys):
+    from kl_rl.cli import main
+
+    (tmp_path / "run.json").write_text("{}")
+    assert main(["sample", "--model", str(tmp_path), "--prompt", "a"]) == 2
+    assert (
+        "this run has not ended, its model is not written yet: go on with it, --resume"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_what_a_reward_prints_is_no_result(as_json, world, tmp_path, capsys, monkeypatch):
+    """Standard output holds the measurement alone, with its warnings."""
+    import kl_rl.training.train  # noqa: F401
+    from kl_rl.cli import main
+
+    names = ("kl", "P", "S", "C")
+    row = {f"{name}{end}": 0.25 for name in names for end in ("", "_lower", "_upper")}
+    row |= {"steps": 8, "reward": 1.0, "base_reward": 0.5, "held_out": False, "warnings": ["it means little"]}
+
+    def train(*args, **options):
+        print("noise of the reward")
+        return row
+
+    monkeypatch.setattr(sys.modules["kl_rl.training.train"], "train", train)
+    command = [str(x) for x in train_command(world, tmp_path / "run", "rlhf", "--no-png")]
+    assert main([*command, "--json"] if as_json else command) == 0
+    printed = capsys.readouterr()
+    assert "noise of the reward" in printed.err and "noise" not in printed.out
+    if as_json:
+        assert json.loads(printed.out) == row
+    else:
+        assert "on prompts that were trained on (none is held out): mean reward 0.500 -> 1.000" in printed.out
+        assert "P + S + C = 0.7500" in printed.out and "warning: it means little" in printed.out
+
+
+def test_time_left_does_not_count_what_came_before(monkeypatch, capsys):
+    """Sixty seconds of compiling, or a resumed run: the rate is that of steps seen."""
+    clock = iter([0.0, 60.0, 61.0, 62.0])
+    monkeypatch.setattr("kl_rl.cli.progress.time.monotonic", lambda: next(clock))
+    with live_progress() as progress:
+        for step in (5, 6, 7):
+            progress(step / 10, f"step {step}: done")
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert "left" not in first and "about 4 s left" in second and "about 3 s left" in third
 
 
 def test_help_needs_no_jax(world):

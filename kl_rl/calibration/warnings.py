@@ -77,9 +77,8 @@ def _thin_levels(cells: Cells, budget: Budget) -> str:
     if share <= 0.01:
         return ""
     return (
-        f"{share:.0%} of the samples are alone in their reward level (K < 2), where no calibration loss "
-        "can show; "
-        "take more samples a prompt, or fewer bins (--bins)."
+        f"{share:.0%} of the samples are alone in their reward level, where no calibration loss can show; "
+        "take more samples of each prompt, or fewer reward bins."
     )
 
 
@@ -108,9 +107,8 @@ def _coverage(cells: Cells, budget: Budget) -> list[str]:
 
 def _without_base() -> str:
     return (
-        "Without base samples C is a lower bound, and P, S and C_fwd are importance-weighted values "
-        "without limits; "
-        "give --base-samples for two-sided intervals."
+        "Without base samples C is a lower bound, and P, S and C_fwd are importance-weighted values without limits; "
+        "give base samples for two-sided intervals."
     )
 
 

@@ -9,8 +9,8 @@ from typing import Any
 __all__ = ["draw_curves"]
 
 PANELS = (
-    ("reward", "mean reward"),
-    ("log_ratio", "log q - log p0 (nats)"),
+    ("reward", "mean reward of the samples drawn"),
+    ("log_ratio", "log q - log p0 of the samples drawn (nats)"),
     ("entropy", "entropy of the sampler (nats per token)"),
     ("ess", "effective sample size (share)"),
     ("loss", "loss"),
@@ -42,6 +42,8 @@ def draw_curves(folder: Path) -> Path:
         axis.plot(*zip(*points, strict=True), lw=1) if points else axis.set_axis_off()
         axis.set_title(title, fontsize=9)
     steps = [row["step"] for row in measured]
+    axes[0].plot(steps, [row["reward"] for row in measured], "k.", label="policy, on held-out prompts")
+    axes[0].legend(fontsize=8)
     for name, colour in (("C", "tab:red"), ("P", "tab:blue"), ("S", "tab:green")):
         low, high = ([row[f"{name}_{side}"] for row in measured] for side in ("lower", "upper"))
         axes[-1].plot(steps, [row[name] for row in measured], color=colour, marker=".", label=name)

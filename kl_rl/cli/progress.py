@@ -30,6 +30,7 @@ def live_progress() -> Iterator[Callable[[float, str], None]]:
             yield lambda fraction, message: bar.update(task, completed=fraction, description=message)
         return
     started, last = time.monotonic(), [""]
+    begun: list[tuple[float, float]] = []  # when the first of the work was done: compiling, or an earlier run
 
     def line(fraction: float, message: str) -> None:
         stage = message.split(":")[0]
@@ -37,7 +38,12 @@ def live_progress() -> Iterator[Callable[[float, str], None]]:
             return
         last[0] = stage
         elapsed = time.monotonic() - started
-        left = f", about {elapsed * (1 - fraction) / fraction:.0f} s left" if fraction > 0.05 else ""
+        if fraction > 0 and not begun:
+            begun.append((elapsed, fraction))
+        left = ""
+        if begun and fraction > begun[0][1] + 0.02:
+            seconds = (elapsed - begun[0][0]) * (1 - fraction) / (fraction - begun[0][1])
+            left = f", about {seconds:.0f} s left"
         print(f"[{100 * fraction:3.0f} %] {elapsed:4.0f} s{left}: {message}", file=sys.stderr, flush=True)
 
     yield line

@@ -69,18 +69,18 @@ def _has_begun(folder: Path) -> bool:
 
 
 def _withdraw(folder: Path) -> None:
-    """Take out what a run without a checkpoint has left in its folder, which was empty before."""
+    """Take out what a run without a checkpoint has put into its folder; the session takes out its settings."""
     for name in ("checkpoints", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for path in [folder / "run.json", folder / "provenance.json", *folder.glob("*.jsonl")]:
-        path.unlink(missing_ok=True)
+    for path in folder.glob("*.jsonl"):
+        path.unlink()
 
 
 @contextlib.contextmanager
-def said_how_to_resume(command: str, folder: Path) -> Iterator[list[int]]:
+def said_how_to_resume(command: str, folder: Path, *, skips: bool = False) -> Iterator[list[int]]:
     """Turns a stop or a failure in the middle of a run into a line; the list yielded holds the exit status, if any.
 
-    In many processes all have the same status, and the first speaks.
+    ``skips``: bad rewards are skipped already. In many processes all have the same status, and the first speaks.
     """
     from kl_rl.checkpoint import SaveError, is_full
     from kl_rl.processes import is_first
@@ -95,7 +95,7 @@ def said_how_to_resume(command: str, folder: Path) -> Iterator[list[int]]:
         say(f"{stop.signal}: saved after step {stop.step}; {advice}")
         code.append(stop.code)
     except BadRewardValue as error:
-        say(f"{error}; nothing is lost: {advice}; or --on-bad-reward skip")
+        say(f"{error}; nothing is lost: {advice}{'' if skips else '; or --on-bad-reward skip'}")
         code.append(2)
     except Diverged as error:
         say(f"{error}; start again in another --out with a smaller --lr or a larger --beta")

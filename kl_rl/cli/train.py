@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import sys
 import time
 import zlib
@@ -26,8 +28,9 @@ methods: rlhf (= rloo), ppo, grpo, best-of-n, filter, reward-weighted, decision-
   vargrad, path-consistency, dpo, ipo, ... and all names of `kl-rl compare --methods`; an unknown name lists them
 rewards: module:function or file.py:function, called as function(prompt, completion) -> number (prompt.messages is the
   conversation, if the prompt was given as messages); a word list or patterns (.json); lines of token, tab, valence
-  (.tsv, .txt); a Hugging Face folder: a reward model (sequence classification with one label), or a causal language
-  model, whose log-likelihood is the reward (nats); both use their own chat template for conversations
+  (.tsv, .txt; weights are rounded to halves); a Hugging Face folder: a reward model (sequence classification with one
+  label), or a causal language model, whose log-likelihood is the reward (nats); both use their own chat template for
+  conversations
 prompts: .jsonl or .parquet with a field "prompt" (or "messages", "prompt_tokens"); .txt: a prompt on each line, or
   pieces of --prompt-length tokens
 
@@ -38,6 +41,10 @@ examples:
   srun kl-rl train rlhf --distributed --mesh fsdp=16 --base models/qwen ... --out /shared/run   # a process on each host
 
 Writes metrics.jsonl, evaluations.jsonl, samples.jsonl, timing.jsonl, curves.png, checkpoints/, model/ (Hugging Face).
+metrics.jsonl has a row for each step, about the batch, whoever drew it: loss, reward, log_ratio (mean log q - log p0,
+  nats), ess (effective sample size, share), grad_norm, entropy (of the sampler, nats a token), length (tokens), skipped
+evaluations.jsonl is about the policy, on held-out prompts: kl, P, S, C, C_fwd, C_JS, _lower and _upper (nats, 95 %),
+  mean rewards, entropy, effective sample sizes, warnings; kl is a mean over its samples, P + S + C pools both policies
 SIGTERM and Ctrl-C: the step is finished and saved, exit status 143 or 130; --resume goes on.
 """
 OPTIONS: tuple[tuple[str, Any, str, str], ...] = (
@@ -184,16 +191,18 @@ def run(args: argparse.Namespace) -> int:
     task = settings.task
     inputs = {name: fingerprint(getattr(task, name)) for name in ("prompts", "reward")}  # not of functions
     inputs["base"] = fingerprint(model_folder(task.base))
-    asked = {"command": "train", **settings.compared(), "inputs": inputs}
+    same = {name: os.path.normpath(getattr(task, name)) for name in ("base", "prompts", "reward")}
+    asked = {"command": "train", **settings.compared(), **same, "inputs": inputs}
     started = time.monotonic()
     with (
         held(folder, asked, resume=args.resume),
-        said_how_to_resume("train", folder) as code,
+        said_how_to_resume("train", folder, skips=args.on_bad_reward == "skip") as code,
         live_progress() as live,
     ):
         quiet = lambda fraction, message: None
         progress = quiet if args.quiet or not is_first() else _sparse(live, settings.sizes.steps)
-        result = train(settings, folder, progress=progress, make_sinks=_sinks(args, folder, settings))
+        with contextlib.redirect_stdout(sys.stderr):  # what a reward prints is no result
+            result = train(settings, folder, progress=progress, make_sinks=_sinks(args, folder, settings))
         if is_first() and not args.no_png:
             from kl_rl.cli.curves import draw_curves
 
@@ -240,7 +249,8 @@ def _print(args: argparse.Namespace, folder: Path, result: dict[str, Any], secon
         print(json.dumps(clean(result), allow_nan=False))
         return
     print(f"{folder / 'model'}: {args.method}, {result['steps']} steps  ({seconds:.0f} s)")
-    print(f"on held-out prompts: mean reward {result['base_reward']:.3f} -> {result['reward']:.3f}; in nats:")
+    where = "held-out prompts" if result["held_out"] else "prompts that were trained on (none is held out)"
+    print(f"on {where}: mean reward {result['base_reward']:.3f} -> {result['reward']:.3f}; in nats:")
     for name, text in (
         ("kl", "KL(q || p0)"),
         ("P", "price P"),
@@ -249,3 +259,7 @@ def _print(args: argparse.Namespace, folder: Path, result: dict[str, Any], secon
     ):
         low, high = result[f"{name}_lower"], result[f"{name}_upper"]
         print(f"  {text:<20} {result[name]:8.4f}   [{low:.4f}, {high:.4f}]")
+    total = sum(result[name] for name in ("P", "S", "C"))
+    print(f"  P + S + C = {total:.4f}: KL from the samples of both policies together")
+    for warning in result["warnings"]:
+        print(f"warning: {warning}")

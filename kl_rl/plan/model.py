@@ -33,7 +33,7 @@ def read_model(name: str) -> DecoderConfig:
     """The architecture behind a name.
 
     Args:
-      name: a preset ("tiny", "1b", "7b"), a config.json, or a folder that holds one.
+      name: a preset ("tiny", "1b", "7b"), a config.json, or a folder that holds one (or the output of a run).
 
     Returns:
       The configuration.
@@ -44,7 +44,9 @@ def read_model(name: str) -> DecoderConfig:
     if name in PRESETS:
         return PRESETS[name]
     path = Path(name)
-    path = path / "config.json" if path.is_dir() else path
+    if path.is_dir():
+        own, of_run = path / "config.json", path / "model" / "config.json"
+        path = of_run if of_run.is_file() and not own.is_file() else own
     if not path.is_file():
         known = ", ".join(PRESETS)
         raise ValueError(

@@ -49,7 +49,9 @@ def evaluation(job: Job) -> Callable[[Run, int], Measured]:
       job: the run's fixed parts.
 
     Returns:
-      ``(run, steps done) -> Measured``; raises ``BadRewardValue`` if rewards fail and are not to be skipped.
+      ``(run, steps done) -> Measured``: in nats the budget with its 95 % limits, and its warnings; the mean rewards of
+      the samples of either policy; the entropy of the tuned one, per token. Raises ``BadRewardValue`` if rewards fail
+      and are not to be skipped.
     """
     key = jax.random.fold_in(job.key(), 2**30 + 1)
     prompt, kept = job.array(job.held_out.ids), list[_Column]()
@@ -71,7 +73,16 @@ def evaluation(job: Job) -> Callable[[Run, int], Measured]:
         budget = calibration_budget(
             _samples(tuned, tuned.log_own, under_base), _samples(base, under_tuned, base.log_own)
         )
-        row = {"step": step, **_row(budget), "entropy": _entropy(tuned), "bad_rewards": _bad(tuned, base)}
+        row = {
+            "step": step,
+            **_row(budget),
+            "reward": float(np.nanmean(tuned.reward)),
+            "base_reward": float(np.nanmean(base.reward)),
+            "entropy": _entropy(tuned),
+            "bad_rewards": _bad(tuned, base),
+            "held_out": job.is_held_out,
+            "warnings": budget.warnings,
+        }
         return Measured(row, _previews(job, tuned, under_base, step))
 
     return measure
@@ -115,8 +126,8 @@ def _row(budget: Any) -> dict[str, Any]:
         part: Bounded | None = getattr(budget, name)
         if part is not None:
             row |= {name: part.value, f"{name}_lower": part.lower, f"{name}_upper": part.upper}
-    tuned, base = budget.mean_reward
-    return row | {"reward": tuned, "base_reward": base, "samples": budget.n_tuned}
+    sizes = {"ess_tuned": budget.ess_tuned, "ess_base": budget.ess_base, "unreached": budget.unreached}
+    return row | {"samples": budget.n_tuned, **sizes}
 
 
 def _previews(job: Job, tuned: _Column, under_base: np.ndarray, step: int) -> list[dict[str, Any]]:

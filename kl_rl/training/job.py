@@ -57,6 +57,11 @@ class Job(NamedTuple):
     knobs: Knobs
     mesh: Mesh | None
 
+    @property
+    def is_held_out(self) -> bool:
+        """Whether what is measured on is kept from training; of very few prompts none is."""
+        return not set(self.held_out.texts) & set(self.train.texts)
+
     def placed(self, tree: Any) -> Any:
         """Host arrays on the devices; every process has all of them, and gives its devices their parts."""
         return jax.tree.map(jnp.asarray, tree) if self.mesh is None else place(tree, self.mesh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -69,6 +70,11 @@ class Chosen(NamedTuple):
     memory: Memory
     returns: bool
 
+    @property
+    def samples_itself(self) -> bool:
+        """Whether batches are drawn from the policy, at least in part, and not from p0 or a frozen one."""
+        return self.memory.samples and self.method.family in ("rlhf", "off-policy", "between")
+
 
 def _check(method: Method, settings: Settings) -> None:
     task, samples = settings.task, settings.sizes.num_samples
@@ -106,8 +112,10 @@ def choose(settings: Settings) -> Chosen:
     name = ALIASES.get(settings.task.method, settings.task.method)
     found = {method.name: method for method in CATALOGUE}.get(name)
     if found is None:
-        known = ", ".join([*ALIASES, *(m.name for m in CATALOGUE)])
-        raise TrainingError(f"unknown method {settings.task.method!r}; known: {known}")
+        known = [*ALIASES, *(m.name for m in CATALOGUE)]
+        near = difflib.get_close_matches(name.lower().replace("_", "-"), known, 1, 0.7)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise TrainingError(f"unknown method {settings.task.method!r}{meant} (known: {', '.join(known)})")
     _check(found, settings)
     knob = _KNOBS[found.knob](settings.task)
     assert knob is not None

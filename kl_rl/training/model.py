@@ -61,6 +61,10 @@ def model_folder(folder: str | Path) -> Path:
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file() and (path / "model" / "config.json").is_file():
         return path / "model"
+    if (path / "run.json").is_file() and not (path / "config.json").is_file():
+        raise TrainingError(
+            f"{path}: this run has not ended, its model is not written yet: go on with it, --resume"
+        )
     try:
         return resolve(folder)
     except OSError as error:

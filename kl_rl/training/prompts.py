@@ -114,6 +114,10 @@ def _text(name: str, length: int | None, model: Model) -> list[tuple[str, Conten
         found = [(f"{name}: line {number}", Content(text=line)) for number, line in lines if line.strip()]
     else:
         ids = model.tokenizer.encode(text)
+        if len(ids) < length:
+            raise TrainingError(
+                f"{name}: has {len(ids)} tokens, less than one prompt of --prompt-length {length}"
+            )
         starts = range(0, len(ids) - length + 1, length)
         found = [(f"{name}: token {s + 1}", Content(tokens=tuple(ids[s : s + length]))) for s in starts]
     if not found:

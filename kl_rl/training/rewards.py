@@ -37,6 +37,7 @@ class PromptText(str):
         return made
 
 
+_KINDS = "a reward is module:function, a word list (.json, .tsv, .txt), a model folder or a hub name"
 Values = Callable[[Sequence[str], Sequence[str]], Iterable[Any]]
 
 
@@ -47,10 +48,12 @@ class HostReward(NamedTuple):
       name: for messages.
       values: ``(prompts, completions) -> finite numbers``, for N texts each; an exception in place of a value that
         could not be had. A value must depend on its texts alone, or a resumed run will not equal an uninterrupted one.
+      note: how it was read, where that is not evident; a line, or "".
     """
 
     name: str
     values: Values
+    note: str = ""
 
 
 def one_by_one(function: Callable[[str, str], Any]) -> Values:
@@ -62,6 +65,8 @@ def one_by_one(function: Callable[[str, str], Any]) -> Values:
                 yield function(*pair)
             except Exception as error:  # of the user's function
                 yield error
+            except SystemExit as error:
+                yield RuntimeError(f"it called sys.exit({error.code!r})")
 
     return values
 
@@ -84,15 +89,20 @@ def load_reward(spec: str) -> HostReward:
       BadReward: a word list that cannot be used.
     """
     path = Path(spec).expanduser()
+    if not spec.strip():
+        raise TrainingError(f"--reward is empty; {_KINDS}")
     if path.is_dir():
         from kl_rl.training.model_rewards import model_reward
 
         return HostReward(spec, model_reward(path))
-    if path.suffix in (".json", ".tsv", ".txt") or path.is_file():
+    if path.suffix in (".json", ".tsv", ".txt") or (path.is_file() and path.suffix != ".py"):
         from kl_rl.worlds.lexicon import load_reward as load_lexicon
 
         lexicon = load_lexicon(path)
-        return HostReward(spec, one_by_one(lambda prompt, completion: lexicon.score(completion, prompt)))
+        values = one_by_one(lambda prompt, completion: lexicon.score(completion, prompt))
+        return HostReward(spec, values, lexicon.summary)
+    if path.suffix == ".py":
+        raise TrainingError(f"reward {spec}: name the function too: {spec}:function")
     if ":" not in spec:
         return HostReward(spec, _of_hub(spec))
     return HostReward(spec, one_by_one(_function(spec)))
@@ -105,9 +115,7 @@ def _of_hub(name: str) -> Values:
     try:
         return model_reward(resolve(name))
     except OSError as error:
-        raise TrainingError(
-            f"{error}; a reward is module:function, a word list (.json, .tsv, .txt), a model folder or a hub name"
-        ) from error
+        raise TrainingError(f"{error}; {_KINDS}") from error
 
 
 def _function(spec: str) -> Callable[[str, str], Any]:
@@ -141,7 +149,7 @@ def _checked(reward: HostReward, value: Any, prompt: str, completion: str) -> fl
     said = f"for prompt {prompt!r:.300} and completion {completion!r:.300}"
     if isinstance(value, Exception):
         raise BadRewardValue(
-            f"reward {reward.name} raised {type(value).__name__}: {str(value)[:200]} {said}"
+            f"reward {reward.name} raised {type(value).__name__}: {' '.join(str(value).split())[:200]} {said}"
         ) from value
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()

@@ -13,7 +13,7 @@ from kl_rl.processes import agreed, is_first
 from kl_rl.training.errors import TrainingError
 from kl_rl.training.evaluate import evaluation
 from kl_rl.training.export import export
-from kl_rl.training.job import make_job
+from kl_rl.training.job import Job, make_job
 from kl_rl.training.loop import Kept, Position, pick_up, run_steps, to_stderr
 from kl_rl.training.preemption import Preemption
 from kl_rl.training.programs import Run
@@ -27,6 +27,8 @@ METRICS, EVALUATIONS, SAMPLES = FILES = ("metrics.jsonl", "evaluations.jsonl", "
 TIMING = "timing.jsonl"  # seconds differ from run to run: kept apart from what is compared bit for bit
 
 Progress = Callable[[float, str], None]
+Say = Callable[[str], None]
+_MEASURED = {"reward": "reward", "kl": "KL", "C": "C"}
 MakeSinks = Callable[[int], Sequence[Sink]]
 
 
@@ -39,7 +41,7 @@ def train(
     folder: Path,
     *,
     progress: Progress = _silent,
-    say: Callable[[str], None] = to_stderr,
+    say: Say = to_stderr,
     make_sinks: MakeSinks = lambda step: (),
 ) -> dict[str, Any]:
     """Run the method to its last step, from the newest whole checkpoint of the folder if there is one.
@@ -52,7 +54,7 @@ def train(
       settings: what is asked.
       folder: of the run.
       progress: called with a fraction of the work and a message.
-      say: told about damaged checkpoints.
+      say: told what a person should know: damaged checkpoints, how the reward was read, that nothing was learned.
       make_sinks: given the steps done, where else numbers go.
 
     Returns:
@@ -68,12 +70,16 @@ def train(
         kept, position = pick_up(folder, outline(blank(job)), FILES, settings.saving.save_every, say=say)
         try:
             if position is None:
-                progress(0.0, "samples of the base model")
+                if job.reward.note and is_first():
+                    say(job.reward.note)
+                progress(0.0, "samples of the base model (compiling)")
                 position = Position(0, start(job), {})
                 kept.save(0, position.tree)
+            else:
+                progress(position.step / settings.sizes.steps, f"going on after step {position.step}")
             sinks = _opened(make_sinks, position.step)
             try:
-                session = _Session(job, kept, sinks, progress, folder)
+                session = _Session(job, kept, sinks, folder, progress, say)
                 run = run_steps(
                     kept, position.tree, position.step, settings.sizes.steps, session.step, preemption
                 )
@@ -101,11 +107,15 @@ def _opened(make_sinks: MakeSinks, step: int) -> Sequence[Sink]:
 class _Session:
     """One step of the loop with its rows, from the point of view of files."""
 
-    def __init__(self, job: Any, kept: Kept, sinks: Sequence[Sink], progress: Progress, folder: Path):
-        self._job, self._kept, self._sinks, self._progress = job, kept, sinks, progress
+    def __init__(
+        self, job: Job, kept: Kept, sinks: Sequence[Sink], folder: Path, progress: Progress, say: Say
+    ):
+        self._job, self._kept, self._sinks, self._progress, self._say = job, kept, sinks, progress, say
         self._folder, self._measure = folder, evaluation(job)
         self._steps, self._every = job.settings.sizes.steps, job.settings.sizes.eval_every
         self._last: dict[str, Any] = {}
+        self._drawn = "" if job.chosen.samples_itself else "samples of p0: "
+        self._weighted: bool | None = None  # whether any sample of any step has had weight
 
     def _due(self, step: int) -> bool:
         return step == 0 or (self._every > 0 and step % self._every == 0)
@@ -116,6 +126,7 @@ class _Session:
         measured = self._measure(run, step) if self._due(step) else None
         between = time.perf_counter()
         run, row = advance(self._job, run, step)
+        self._weighted = bool(self._weighted) or row["ess"] > 0.0
         if measured is not None:
             self._write_measured(measured)
         self._kept.journal.write(METRICS, row)
@@ -141,10 +152,12 @@ class _Session:
             file.write(f'{{"step": {step}, "seconds": {seconds:.4f}, "measuring": {measuring:.4f}}}\n')
 
     def _report(self, step: int, row: Mapping[str, Any]) -> None:
-        shown = [f"reward {row['reward']:.3g}", f"KL {row['log_ratio']:.3g}", f"ESS {row['ess']:.2g}"]
-        if (loss := self._last.get("C")) is not None:
-            shown.append(f"C {loss:.3g}")
-        self._progress(step / self._steps, f"step {step}: " + ", ".join(shown))
+        """What the batch was like, whoever drew it, and the last measurement of the policy itself."""
+        shown = f"reward {row['reward']:.3g}, log q/p0 {row['log_ratio']:.3g}, ESS {row['ess']:.2g}"
+        if last := self._last:
+            found = ", ".join(f"{label} {last[name]:.3g}" for name, label in _MEASURED.items())
+            shown += f" | policy after step {last['step']}: {found}"
+        self._progress(step / self._steps, f"step {step}: {self._drawn}{shown}")
 
     def finish(self, run: Run) -> dict[str, Any]:
         """The last measurement, which belongs to no step, and the export."""
@@ -155,6 +168,8 @@ class _Session:
             self._kept.journal.sync()
         self._progress(1.0, "exporting the model")
         export(self._job, run, self._folder / "model")
+        if self._weighted is False:
+            self._say("warning: no sample had any weight (no reward passed) in any step: nothing was learned")
         return {**measured.row, "steps": self._steps}
 
     def _written(self) -> int:

@@ -8,6 +8,7 @@ open at the end of the completion is NOT counted, since nobody knows what it wou
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from typing import Any
@@ -59,6 +60,18 @@ class TextReward:
     unit: float = FINEST
     skipped: int = 0
 
+    @property
+    def summary(self) -> str:
+        """How the file was understood, in a line."""
+        kind, entries = ("patterns", self.patterns) if self.patterns else ("words", self.words)
+        rounded = f", rounded to multiples of {self.unit:g}" if self.unit > FINEST else ""
+        left = f"; {self.skipped:,} entries left out (no words, or a weight of 0)" if self.skipped else ""
+        return f"{self.name}: {len(entries):,} {kind}{rounded}{left}; a word counts when something ends it"
+
+    @functools.cached_property
+    def _weight(self) -> dict[str, float]:
+        return dict(self.words)
+
     def score(self, text: str, context: str = "") -> float:
         """Reward of one completion, on the host.
 
@@ -75,8 +88,7 @@ class TextReward:
             hits = [(w, re.finditer(p, text, flags)) for p, w in self.patterns]
             total = sum(w * sum(m.end() > m.start() for m in found) for w, found in hits)
         else:
-            weight = dict(self.words)
-            total = sum(weight.get(word, 0.0) for word in words_in(text, context, case=self.case))
+            total = sum(self._weight.get(word, 0.0) for word in words_in(text, context, case=self.case))
         total = self.unit * round(total / self.unit)
         return total if self.clip is None else max(-self.clip, min(self.clip, total))
 
