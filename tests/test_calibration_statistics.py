@@ -224,7 +224,9 @@ def test_every_warning_fires():
     assert "one level" in say(calibration_budget(*(s._replace(reward=0 * s.reward) for s in (tuned, base))))
     assert "Without base samples" in say(calibration_budget(tuned))
     single = [s._replace(prompt=np.arange(600)) for s in (tuned, base)]
-    assert "single sample" in say(calibration_budget(*single)) and "K < 2" in say(calibration_budget(*single))
+    assert "single sample" in say(calibration_budget(*single)) and "alone in their reward level" in say(
+        calibration_budget(*single)
+    )
     half = [s._replace(prompt=np.arange(600) % 3 + i) for i, s in enumerate((tuned, base))]
     assert "left out" in say(calibration_budget(*half))
     low = Samples(*(x[base.reward < 3] for x in base[:3]))

@@ -40,7 +40,7 @@ from kl_rl.training.pretraining import planned_steps, read_text
 from kl_rl.training.prompts import order_of
 from kl_rl.training.returns import return_edges
 from kl_rl.training.rewards import HostReward, load_reward, one_by_one, rewards_of
-from kl_rl.training.run import blank
+from kl_rl.training.run import blank, decoded
 from kl_rl.trajectories import Trajectories
 
 TINY = PretrainPlan(steps=200, width=32, layers=1, heads=2, context=40, batch=16, learning_rate=5e-3)
@@ -399,6 +399,65 @@ def test_a_step_in_parts_equals_a_step(world):
         assert job.settings.compared()["gradient_accumulation"] == parts
         rows.append(advance(job, start(job), 0)[1])
     assert {name: rows[0][name] for name in rows[0]} == pytest.approx(rows[1], rel=1e-5, abs=1e-6)
+
+
+def data_file(world, folder, kind):
+    """Twelve prompts with two completions each, as pairs or with rewards."""
+    words = ["the sun", "a sky", "no rain"]
+    rows = []
+    for i in range(12):
+        prompt, good, bad = f"{i} of ", words[i % 3], words[(i + 1) % 3]
+        if kind == "pairs":
+            rows.append({"prompt": prompt, "chosen": good, "rejected": bad})
+        else:
+            rows += [
+                {"prompt": prompt, "completion": c, "reward": r} for c, r in ((good, 1.5), (bad, i / 12))
+            ]
+    path = folder / f"{kind}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def with_data(settings, path):
+    return dataclasses.replace(
+        settings, task=dataclasses.replace(settings.task, prompts=None, data=str(path))
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [("dpo", "pairs"), ("vargrad", "rewards"), ("dt-tilted", "rewards")]
+)
+def test_data_of_the_user_are_the_batches(method, kind, world, tmp_path):
+    """Every training prompt with its own completions, end tokens included; none of those that are measured on."""
+    sizes = dataclasses.replace(SIZES, horizon=10, batch=3)
+    job = make_job(with_data(asked(world, method, sizes=sizes), data_file(world, tmp_path, kind)))
+    assert len(job.train.texts) == 10 and job.is_held_out and job.chosen.drawn_from == "data"
+    tokenizer = job.model.tokenizer
+    for row, prompt in enumerate(job.train.texts):
+        number = int(prompt.split()[0])
+        words = [["the sun", "a sky", "no rain"][(number + k) % 3] for k in (0, 1)]
+        assert decoded(tokenizer, job.data.tokens[row], job.data.mask[row]) == words
+        ends = [job.data.tokens[row, k, int(job.data.mask[row, k].sum()) - 1] for k in (0, 1)]
+        assert set(ends) <= set(tokenizer.end_ids)
+        wanted = [1.0, 0.0] if kind == "pairs" else [1.5, number / 12]
+        np.testing.assert_allclose(job.data.reward[row], wanted)
+    assert job.data.prompt[:, 0].tolist() == job.train.ids[:, 0].tolist()
+    run = start(job)
+    for step in range(2):
+        run, row = advance(job, run, step)
+        batch = job.data.reward[job.order(step)]
+        assert row["reward"] == pytest.approx(float(np.mean(batch))) and row["loss"] != 0
+
+
+def test_a_run_on_data_resumes_bit_equal(world, tmp_path):
+    settings = with_data(asked(world, "dpo"), data_file(world, tmp_path, "pairs"))
+    whole, part = fresh_folder(tmp_path, "whole"), fresh_folder(tmp_path, "part")
+    result = train(settings, whole)
+    with pytest.raises(Stopped):
+        train(settings, part, progress=stop_after(3))
+    assert train(settings, part)["resumed"] == 3
+    assert contents(part) == contents(whole)
+    assert result["kl"] > 0.0 and result["held_out"]
 
 
 def test_nothing_learned_is_said(world, tmp_path):

@@ -158,6 +158,7 @@ def constant(prompt, completion):
     return 1.0
 """
 
+DATA = {"--prompts": None, "--data": "logged.jsonl"}
 BAD = {
     "unknown method": ({"method": "rlfh"}, "unknown method 'rlfh'; did you mean rlhf? (known: rlhf"),
     "missing base": ({"--base": "nowhere"}, "nowhere: no such folder"),
@@ -182,7 +183,7 @@ BAD = {
     "no reward": ({"--reward": "nothing"}, "a reward is module:function"),
     "constant reward": (
         {"method": "decision-transformer", "--reward": "rewards.py:constant"},
-        "completions of the base model score 1: there is no return to condition on",
+        "completions score 1: there is no return to condition on",
     ),
     "function without a name": ({"--reward": "rewards.py"}, "name the function too: rewards.py:function"),
     "empty reward": ({"--reward": ""}, "--reward is empty; a reward is module:function"),
@@ -201,6 +202,31 @@ BAD = {
     "pooled parts": (
         {"method": "rwr", "--gradient-accumulation": "2"},
         "rwr normalizes its weights over the whole batch: it cannot have --gradient-accumulation",
+    ),
+    "prompts and data": ({"--data": "pairs.jsonl"}, "give --prompts, to draw completions, or --data"),
+    "neither": ({"--prompts": None}, "give --prompts, to draw completions, or --data"),
+    "data of others": (
+        DATA | {"method": "rloo"},
+        "rloo learns from samples of its own policy and cannot use --data",
+    ),
+    "prompt length of data": (
+        DATA | {"method": "dpo", "--prompt-length": "3"},
+        "about --prompts, not about --data",
+    ),
+    "missing data": ({"--prompts": None, "--data": "no.jsonl", "method": "dpo"}, "no.jsonl: cannot be read"),
+    "not pairs": (DATA | {"method": "dpo"}, 'logged.jsonl: line 1: unknown field "completion"'),
+    "unrecorded": (DATA | {"method": "rwr"}, 'logged.jsonl: line 1: missing field "log_behaviour"'),
+    "single completion": (
+        {"--prompts": None, "--data": "single.jsonl", "method": "vargrad"},
+        "single.jsonl: line 1: one completion of a prompt",
+    ),
+    "too few draws": (
+        DATA | {"method": "best-of-n", "--n": "3"},
+        "--n must be at most the 2 completions that logged.jsonl has of a prompt; got 3",
+    ),
+    "long completion": (
+        DATA | {"method": "filter", "--threshold": "0", "--horizon": "2"},
+        "logged.jsonl: line 1: a completion has 4 tokens; the limit is 2",
     ),
     "beta": ({"--beta": "0"}, "--beta must be positive"),
     "n": ({"method": "best-of-n", "--n": "5"}, "--n must be at most --num-samples = 4"),
@@ -229,6 +255,11 @@ def bad_input(world):
         json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "x" * 60}) + "\n"
     )
     (folder / "ids.jsonl").write_text('{"prompt_tokens": [72, 73]}\n{"prompt_tokens": [72, 999]}\n')
+    rows = [
+        {"prompt": f"{p} ", "completion": c, "reward": r} for p in "abcd" for c, r in (("sun", 1), ("sky", 0))
+    ]
+    (folder / "logged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "single.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::2]))
     (folder / "short.txt").write_text("too short")
     (folder / "bad.json").write_text("{")
     shutil.copy(world.reward, folder / "words.json")
@@ -259,7 +290,9 @@ def test_bad_input_is_one_clear_line(name, world, bad_input, tmp_path, capsys, m
     changes, message = BAD[name]
     command = [str(x) for x in train_command(world, tmp_path / "run", changes.get("method", "rlhf"))]
     for option, value in changes.items():
-        if option != "method":
+        if value is None:
+            del command[command.index(option) : command.index(option) + 2]
+        elif option != "method":
             command += [option, value]
     assert main(command) == 2
     said = capsys.readouterr().err

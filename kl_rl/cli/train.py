@@ -33,9 +33,13 @@ rewards: module:function or file.py:function, called as function(prompt, complet
   conversations
 prompts: .jsonl or .parquet with a field "prompt" (or "messages", "prompt_tokens"); .txt: a prompt on each line, or
   pieces of --prompt-length tokens
+data: .jsonl or .parquet; for dpo and ipo comparisons (prompt, chosen, rejected), else completions with rewards (prompt,
+  completion or completions, reward or rewards, log_behaviour for rwr), as many for each prompt; a part of their prompts
+  is held out, and --reward is what their rewards are: it scores the samples that are measured
 
 examples:
   kl-rl train rlhf --base runs/base --prompts lines.txt --reward words.json --beta 0.5 --out runs/rlhf
+  kl-rl train dpo --base runs/base --data pairs.jsonl --reward reward_model/ --beta 0.1 --out runs/dpo
   kl-rl train best-of-n --n 4 --base runs/base --prompts p.jsonl --reward rewards.py:politeness --out runs/bon
   kl-rl train rlhf --base models/qwen --lora 16 --prompts p.jsonl --reward m:f --beta 0.1 --out runs/q --resume
   srun kl-rl train rlhf --distributed --mesh fsdp=16 --base models/qwen ... --out /shared/run   # a process on each host
@@ -83,7 +87,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--base", metavar="DIR", required=True, help="Hugging Face folder, or output of a run"
     )
-    parser.add_argument("--prompts", metavar="FILE", required=True, help="see below")
+    parser.add_argument("--prompts", metavar="FILE", help="to draw completions of; see below")
+    parser.add_argument("--data", metavar="FILE", help="to learn from instead of drawing; see below")
     parser.add_argument("--reward", metavar="R", required=True, help="see below")
     parser.add_argument(
         "--beta", type=float, default=1.0, metavar="B", help="reward units per nat (default 1)"
@@ -144,7 +149,7 @@ def _settings(args: argparse.Namespace) -> Any:
 
     def group(kind: Any) -> Any:
         names = [field.name for field in dataclasses.fields(kind)]
-        return kind(**{name: given[name] for name in names if given.get(name) is not None})
+        return kind(**{n: given[n] for n in names if given.get(n) is not None or n == "prompts"})
 
     return Settings(group(Task), group(Sizes), group(Learning), group(Saving))
 
@@ -189,9 +194,10 @@ def run(args: argparse.Namespace) -> int:
     _use_devices(args, settings)
     use_cache()
     task = settings.task
-    inputs = {name: fingerprint(getattr(task, name)) for name in ("prompts", "reward")}  # not of functions
+    given = [name for name in ("prompts", "data", "reward") if getattr(task, name) is not None]
+    inputs = {name: fingerprint(getattr(task, name)) for name in given}  # not of functions
     inputs["base"] = fingerprint(model_folder(task.base))
-    same = {name: os.path.normpath(getattr(task, name)) for name in ("base", "prompts", "reward")}
+    same = {name: os.path.normpath(getattr(task, name)) for name in ("base", *given)}
     asked = {"command": "train", **settings.compared(), **same, "inputs": inputs}
     started = time.monotonic()
     with (

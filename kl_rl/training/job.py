@@ -14,12 +14,14 @@ from kl_rl.models import Execution
 from kl_rl.policy import Policy
 from kl_rl.sharding import AXES, check_mesh, make_mesh, place, put, replicated
 from kl_rl.training.errors import TrainingError
+from kl_rl.training.logged import load_logged
 from kl_rl.training.methods import Chosen, choose
 from kl_rl.training.model import Model, architecture, load_model, with_returns
 from kl_rl.training.programs import Knobs, Plan, Programs, make_programs
-from kl_rl.training.prompts import Prompts, load_prompts, order_of, split
+from kl_rl.training.prompts import Prompts, load_prompts, order_of, split_rows
 from kl_rl.training.rewards import HostReward, load_reward
 from kl_rl.training.settings import Settings
+from kl_rl.trajectories import Trajectories
 
 __all__ = ["Job", "make_job"]
 
@@ -43,6 +45,7 @@ class Job(NamedTuple):
       programs: compiled parts.
       knobs: their numbers.
       mesh: devices; None: one.
+      data: what is learned from instead of samples, a row for each training prompt; None: samples.
     """
 
     settings: Settings
@@ -56,6 +59,7 @@ class Job(NamedTuple):
     programs: Programs
     knobs: Knobs
     mesh: Mesh | None
+    data: Trajectories | None = None
 
     @property
     def is_held_out(self) -> bool:
@@ -99,6 +103,14 @@ def _mesh(settings: Settings) -> Mesh | None:
     return mesh
 
 
+def _check_draws(settings: Settings, chosen: Chosen, found: int) -> None:
+    if chosen.method.knob == "n" and chosen.knob > found:
+        raise TrainingError(
+            f"--n must be at most the {found} completions that {settings.task.data} has of a prompt; "
+            f"got {chosen.knob:g}"
+        )
+
+
 def make_job(settings: Settings) -> Job:
     """Open model, prompts and reward, and prepare (but not yet compile) the programs.
 
@@ -126,8 +138,15 @@ def make_job(settings: Settings) -> Job:
     if chosen.returns:
         model = with_returns(model, execution)
         base = model.base if mesh is None else place(model.base, mesh)
-    prompts = load_prompts(settings, model)
-    train, held_out = split(prompts, settings.sizes.held_out, settings.learning.seed)
+    logged = None
+    if settings.task.data is not None:
+        logged = load_logged(
+            settings, model, comparisons=chosen.compares, weighs_behaviour=chosen.weighs_behaviour
+        )
+        _check_draws(settings, chosen, logged.batch.reward.shape[1])
+    prompts = load_prompts(settings, model) if logged is None else logged.prompts
+    rows, kept = split_rows(len(prompts.texts), settings.sizes.held_out, settings.learning.seed)
+    train, held_out = prompts.take(rows), prompts.take(kept)
     plan = Plan(
         chosen.method,
         chosen.memory,
@@ -144,4 +163,5 @@ def make_job(settings: Settings) -> Job:
     warm = None if learning.temperature == 1.0 else number(learning.temperature)
     knobs = Knobs(number(chosen.knob), number(learning.learning_rate), warm)
     order = order_of(train, settings.sizes.batch, settings.learning.seed)
-    return Job(settings, chosen, model, base, reward, train, held_out, order, programs, knobs, mesh)
+    batches = None if logged is None else logged.take(rows).batch
+    return Job(settings, chosen, model, base, reward, train, held_out, order, programs, knobs, mesh, batches)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from kl_rl.sources import Source, comparisons
 from kl_rl.trajectories import Trajectories, take
 
-__all__ = ["Memory", "Ring", "compared", "fresh", "logged", "replay"]
+__all__ = ["Memory", "Ring", "compared", "fresh", "given", "logged", "replay"]
 
 Draw = Callable[[Any, jax.Array, Trajectories], tuple[Trajectories, Any]]
 
@@ -44,6 +44,11 @@ class Memory(NamedTuple):
 def fresh() -> Memory:
     """Fresh samples at every step; nothing is kept between steps."""
     return Memory(0, True, lambda kept, key, batch: (batch, kept))
+
+
+def given() -> Memory:
+    """Batches come from the user's data; nothing is drawn or kept."""
+    return Memory(0, False, lambda kept, key, batch: (batch, kept))
 
 
 def replay(share: float = 0.5, batches: int = 8) -> Memory:

@@ -32,6 +32,8 @@ TAKES_SAMPLES_AS_DRAWN = frozenset(
 """Methods whose target follows the sampler: with tempered samples they would not approach the law they are for."""
 
 _FRESH, _REPLAY, _LOGGED, _COMPARED = memory.fresh(), memory.replay(), memory.logged(), memory.compared()
+_GIVEN = memory.given()
+_NEEDS_ITS_OWN = frozenset("rloo rloo-free ppo grpo alpha-0.5 alpha-1 expert-iteration".split())
 _MEMORY: Mapping[str, Memory] = {
     "rwr-logged": _LOGGED,
     "vargrad-logged": _LOGGED,
@@ -71,16 +73,34 @@ class Chosen(NamedTuple):
     returns: bool
 
     @property
-    def samples_itself(self) -> bool:
-        """Whether batches are drawn from the policy, at least in part, and not from p0 or a frozen one."""
-        return self.memory.samples and self.method.family in ("rlhf", "off-policy", "between")
+    def drawn_from(self) -> str:
+        """Whose completions the batches hold: "policy" (at least in part), "p0" (or a frozen policy), or "data"."""
+        if self.memory is _GIVEN:
+            return "data"
+        own = self.memory.samples and self.method.family in ("rlhf", "off-policy", "between")
+        return "policy" if own else "p0"
+
+    @property
+    def compares(self) -> bool:
+        """Whether it learns from comparisons and not from rewards."""
+        return self.method.family == "preference"
+
+    @property
+    def weighs_behaviour(self) -> bool:
+        """Whether it reads the log-probabilities under whatever drew its samples."""
+        return self.method.name.startswith("rwr")
 
 
 def _check(method: Method, settings: Settings) -> None:
     task, samples = settings.task, settings.sizes.num_samples
     if method.knob == "threshold" and task.threshold is None:
         raise TrainingError(f"{task.method} needs --threshold, the least reward of a sample that is imitated")
-    if method.knob == "n" and task.n > samples:
+    if task.data is not None and method.name in _NEEDS_ITS_OWN:
+        raise TrainingError(
+            f"{task.method} learns from samples of its own policy and cannot use --data; dpo, ipo, rwr, filter, "
+            "best-of-n, vargrad, trajectory-balance, path-consistency and dt-* can"
+        )
+    if method.knob == "n" and task.data is None and task.n > samples:
         raise TrainingError(f"--n must be at most --num-samples = {samples}; got {task.n:g}")
     if method.family == "preference" and samples % 2:
         raise TrainingError(f"{task.method} compares pairs: --num-samples must be even; got {samples}")
@@ -119,4 +139,5 @@ def choose(settings: Settings) -> Chosen:
     _check(found, settings)
     knob = _KNOBS[found.knob](settings.task)
     assert knob is not None
-    return Chosen(found, float(knob), _MEMORY.get(found.name, _FRESH), found.family == "conditioning")
+    kept = _MEMORY.get(found.name, _FRESH) if settings.task.data is None else _GIVEN
+    return Chosen(found, float(knob), kept, found.family == "conditioning")

@@ -17,7 +17,7 @@ from kl_rl.training.returns import with_place
 from kl_rl.training.rewards import PromptText
 from kl_rl.training.settings import Settings
 
-__all__ = ["Prompts", "load_prompts", "order_of", "split"]
+__all__ = ["Prompts", "encoded", "encoder_of", "load_prompts", "order_of", "split_rows"]
 
 
 _LINE_END = re.compile(r"\r\n|\r|\n")  # not at form feeds and separators of Unicode, as str.splitlines
@@ -39,6 +39,64 @@ class Prompts(NamedTuple):
         return Prompts(self.ids[index], tuple(self.texts[i] for i in index))
 
 
+def encoder_of(settings: Settings, model: Model, *, completions: bool = False) -> Encoder:
+    """What makes token ids of records, so that a completion of ``--horizon`` tokens fits behind every prompt.
+
+    Args:
+      settings: of the run.
+      model: its tokenizer and context.
+      completions: an end token is put behind completions, where the tokenizer has one.
+
+    Returns:
+      The encoder.
+
+    Raises:
+      TrainingError: nothing would fit.
+    """
+    tokenizer, begin, horizon = model.tokenizer, begin_of(model.tokenizer), settings.sizes.horizon
+    room = model.config.context - int(begin is None and model.first_token >= 0)
+    if horizon >= room:
+        raise TrainingError(
+            f"--horizon {horizon} leaves no room for a prompt in a context of {model.config.context}"
+        )
+    return Encoder(
+        tokenizer,
+        Limits(context=room, completion=horizon, vocab=model.config.vocab + model.config.extra),
+        render=tokenizer.apply_chat if tokenizer.chat_template is not None else None,
+        add_end=completions and bool(tokenizer.end_ids),
+        begin=begin,
+    )
+
+
+def encoded(settings: Settings, model: Model, contents: Sequence[tuple[str, Content]]) -> Prompts:
+    """Prompts as ids, with a place for a return token if there are any, and as texts.
+
+    Args:
+      settings: of the run.
+      model: its tokenizer and context.
+      contents: where each is from, and what it is.
+
+    Returns:
+      The prompts.
+
+    Raises:
+      TrainingError, DataError: naming the prompt that does not fit.
+    """
+    encoder, begin = encoder_of(settings, model), begin_of(model.tokenizer)
+    rows, conversations = [], []
+    for where, content in contents:
+        ids = encoder.fit(where, encoder.prompt(where, content), settings.sizes.horizon)
+        try:
+            rows.append(list(ids) if model.first_token < 0 else with_place(ids, begin))
+        except TrainingError as error:
+            raise DataError(f"{where}: {error}") from error
+        conversations.append(content.messages if content.tokens is None else None)
+    width = max(map(len, rows))
+    padded = np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
+    texts = map(PromptText.of, map(model.tokenizer.decode, rows), conversations)
+    return Prompts(padded, tuple(texts))
+
+
 def load_prompts(settings: Settings, model: Model) -> Prompts:
     """Read a file of prompts.
 
@@ -52,33 +110,8 @@ def load_prompts(settings: Settings, model: Model) -> Prompts:
     Raises:
       TrainingError, DataError: naming file, line and field, or the prompt that does not fit the context.
     """
-    task, tokenizer, begin = settings.task, model.tokenizer, begin_of(model.tokenizer)
-    place = int(begin is None and model.first_token >= 0)
-    render = tokenizer.apply_chat if tokenizer.chat_template is not None else None
-    if settings.sizes.horizon >= model.config.context - place:
-        raise TrainingError(
-            f"--horizon {settings.sizes.horizon} leaves no room for a prompt in a context of {model.config.context}"
-        )
-    limits = Limits(
-        context=model.config.context - place,
-        completion=settings.sizes.horizon,
-        vocab=model.config.vocab + model.config.extra,
-    )
-    encoder = Encoder(tokenizer, limits, render=render, add_end=False, begin=begin)
-    rows, conversations = [], []
-    for where, content in _spread(_contents(settings, model), task.num_prompts):
-        ids = encoder.fit(where, encoder.prompt(where, content), settings.sizes.horizon)
-        try:
-            rows.append(list(ids) if model.first_token < 0 else with_place(ids, begin))
-        except TrainingError as error:
-            raise DataError(f"{where}: {error}") from error
-        conversations.append(content.messages if content.tokens is None else None)
-    if not rows:
-        raise TrainingError(f"{task.prompts}: holds no prompt")
-    width = max(map(len, rows))
-    padded = np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
-    texts = map(PromptText.of, map(tokenizer.decode, rows), conversations)
-    return Prompts(padded, tuple(texts))
+    encoder_of(settings, model)  # before anything is read
+    return encoded(settings, model, _spread(_contents(settings, model), settings.task.num_prompts))
 
 
 def _spread(items: Sequence[tuple[str, Content]], count: int | None) -> list[tuple[str, Content]]:
@@ -90,6 +123,7 @@ def _spread(items: Sequence[tuple[str, Content]], count: int | None) -> list[tup
 
 def _contents(settings: Settings, model: Model) -> list[tuple[str, Content]]:
     task = settings.task
+    assert task.prompts is not None
     if Path(task.prompts).suffix in (".txt", ".md"):
         return _text(task.prompts, task.prompt_length, model)
     if task.prompt_length is not None:
@@ -125,25 +159,24 @@ def _text(name: str, length: int | None, model: Model) -> list[tuple[str, Conten
     return found
 
 
-def split(prompts: Prompts, held_out: int, seed: int) -> tuple[Prompts, Prompts]:
-    """Prompts to train on and prompts to measure on; of a few, at most a quarter is held out.
+def split_rows(total: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and rows to measure on; of a few, at most a quarter is held out.
 
-    A single prompt (up to three) is used for both.
+    A single prompt (up to three) is used for both, and so are all where none is to be held out.
 
     Args:
-      prompts: N of them.
+      total: prompts.
       held_out: wished for.
       seed: of the choice.
 
     Returns:
-      Training prompts, held-out prompts.
+      Their indices, ascending.
     """
-    total = len(prompts.texts)
     order = np.argsort(np.random.Philox(np.random.SeedSequence([seed, 1])).random_raw(total), kind="stable")
     count = min(held_out, total // 4)
     if count == 0:
-        return prompts, prompts.take(np.sort(order[: max(1, min(held_out, total))]))
-    return prompts.take(np.sort(order[count:])), prompts.take(np.sort(order[:count]))
+        return np.arange(total), np.sort(order[: max(1, min(held_out, total))])
+    return np.sort(order[count:]), np.sort(order[:count])
 
 
 def order_of(prompts: Prompts, batch: int, seed: int) -> Callable[[int], np.ndarray]:

@@ -34,7 +34,7 @@ def return_edges(reward: np.ndarray) -> np.ndarray:
     values = np.unique(reward)
     if len(values) < 2:
         raise TrainingError(
-            f"all {reward.size} completions of the base model score {values[0]:g}: there is no return to condition "
+            f"all {reward.size} completions score {values[0]:g}: there is no return to condition "
             "on; use another reward, a longer --horizon or other prompts"
         )
     middles = 0.5 * (values[1:] + values[:-1])

@@ -21,7 +21,7 @@ from kl_rl.trajectories import Trajectories
 
 __all__ = ["Diverged", "Rewarded", "advance", "blank", "decoded", "rewarded", "start"]
 
-_PROBES = 256  # samples of the base from which the return tokens are cut
+_PROBES = 256  # samples of the base from which the return tokens are cut, where there are no data
 
 
 class Diverged(ValueError):
@@ -136,7 +136,9 @@ def start(job: Job) -> Run:
       TrainingError: a reward that fails, or that is the same for everything.
     """
     sizes, run = job.settings.sizes, blank(job)
-    if job.chosen.returns:
+    if job.chosen.returns and job.data is not None:
+        run = run._replace(edges=job.array(return_edges(np.asarray(job.data.reward).ravel())))
+    elif job.chosen.returns:
         rounds = _base_rounds(job, max(1, _PROBES // (sizes.batch * sizes.num_samples)))
         seen = np.concatenate([r.reward[np.isfinite(r.reward)] for r in rounds])
         run = run._replace(edges=job.array(return_edges(seen)))
@@ -174,6 +176,8 @@ def advance(job: Job, run: Run, step: int) -> tuple[Run, dict[str, Any]]:
         drawn = whole(job.programs.draw(behaviour, key, job.array(prompts.ids), job.knobs.temperature))
         batch, reward = rewarded(job, prompts, drawn)
         row |= _sampled(drawn, reward)
+    elif job.data is not None:
+        batch = Trajectories(*(leaf[job.order(step)] for leaf in job.data))
     else:
         batch = _placeholder(job, prompts)
     run, info = job.programs.step(job.base, run, _warmed(job, step), job.placed(batch), number)

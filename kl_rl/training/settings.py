@@ -40,7 +40,7 @@ class Task:
     Attributes:
       method: of the catalogue, or one of its friendly names.
       base: folder of the base model.
-      prompts: file of prompts.
+      prompts: file of prompts; None: those of the data.
       reward: see ``rewards.load_reward``.
       beta: temperature, reward units per nat.
       n: draws of best-of-n.
@@ -48,11 +48,12 @@ class Task:
       fraction: share of the base's samples kept by quantile conditioning.
       prompt_length: cut a .txt file into prompts of this many tokens; None: its lines are the prompts.
       num_prompts: use this many prompts at most, spread over the file; None: all.
+      data: file to learn from instead of samples: comparisons, or completions with rewards; None: samples.
     """
 
     method: str
     base: str
-    prompts: str
+    prompts: str | None
     reward: str
     beta: float = 1.0
     n: float = 4.0
@@ -60,6 +61,7 @@ class Task:
     fraction: float = 0.1
     prompt_length: int | None = None
     num_prompts: int | None = None
+    data: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be.
@@ -69,6 +71,12 @@ class Task:
         """
         _positive(self, "beta", "fraction")
         _at_least(self, 1, "n", "prompt_length", "num_prompts")
+        if (self.prompts is None) == (self.data is None):
+            raise TrainingError(
+                "give --prompts, to draw completions, or --data, to learn from those in a file"
+            )
+        if self.data is not None and (self.prompt_length or self.num_prompts) is not None:
+            raise TrainingError("--prompt-length and --num-prompts are about --prompts, not about --data")
         if self.fraction > 1:
             raise TrainingError(f"--fraction must be at most 1; got {self.fraction}")
 

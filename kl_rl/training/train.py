@@ -114,7 +114,7 @@ class _Session:
         self._folder, self._measure = folder, evaluation(job)
         self._steps, self._every = job.settings.sizes.steps, job.settings.sizes.eval_every
         self._last: dict[str, Any] = {}
-        self._drawn = "" if job.chosen.samples_itself else "samples of p0: "
+        self._drawn = {"policy": "", "p0": "samples of p0: ", "data": "data: "}[job.chosen.drawn_from]
         self._weighted: bool | None = None  # whether any sample of any step has had weight
 
     def _due(self, step: int) -> bool:
