@@ -37,7 +37,7 @@ from kl_rl.training import memory as memories
 from kl_rl.training.job import Job
 from kl_rl.training.model import model_folder
 from kl_rl.training.pretraining import planned_steps, read_text
-from kl_rl.training.prompts import order_of
+from kl_rl.training.prompts import order_of, split_rows
 from kl_rl.training.returns import return_edges
 from kl_rl.training.rewards import HostReward, load_reward, one_by_one, rewards_of
 from kl_rl.training.run import blank, decoded
@@ -447,6 +447,17 @@ def test_data_of_the_user_are_the_batches(method, kind, world, tmp_path):
         run, row = advance(job, run, step)
         batch = job.data.reward[job.order(step)]
         assert row["reward"] == pytest.approx(float(np.mean(batch))) and row["loss"] != 0
+
+
+def test_a_prompt_is_trained_on_or_held_out():
+    """Every row of it; without repetitions as many as wished for, of three prompts none."""
+    texts = [f"prompt {i % 12}" for i in range(30)]
+    rows, kept = split_rows(texts, 3, seed=0)
+    assert len(kept) == 3 and not {texts[i] for i in kept} & {texts[i] for i in rows}
+    assert len({texts[i] for i in kept}) == 3 and {texts[i] for i in [*rows, *kept]} == set(texts)
+    assert len(rows) == 30 - sum(texts.count(texts[i]) for i in kept)
+    rows, kept = split_rows(["a", "b", "c", "a"], 8, seed=0)
+    assert rows.tolist() == [0, 1, 2, 3] and kept.tolist() == [0, 1, 2]
 
 
 def test_a_run_on_data_resumes_bit_equal(world, tmp_path):

@@ -104,7 +104,8 @@ def fitted(
         )
     if limits.completion is not None and longest > limits.completion:
         raise DataError(
-            f"{where}: a completion has {longest} tokens; the limit is {limits.completion}: raise it or drop the record"
+            f"{where}: a completion has {longest} tokens; the limit is {limits.completion}: raise it (--horizon) "
+            "or drop the record"
         )
     if limits.context is not None and longest >= limits.context:
         raise DataError(

@@ -145,7 +145,7 @@ def make_job(settings: Settings) -> Job:
         )
         _check_draws(settings, chosen, logged.batch.reward.shape[1])
     prompts = load_prompts(settings, model) if logged is None else logged.prompts
-    rows, kept = split_rows(len(prompts.texts), settings.sizes.held_out, settings.learning.seed)
+    rows, kept = split_rows(prompts.texts, settings.sizes.held_out, settings.learning.seed)
     train, held_out = prompts.take(rows), prompts.take(kept)
     plan = Plan(
         chosen.method,

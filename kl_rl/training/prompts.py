@@ -159,24 +159,30 @@ def _text(name: str, length: int | None, model: Model) -> list[tuple[str, Conten
     return found
 
 
-def split_rows(total: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and rows to measure on; of a few, at most a quarter is held out.
+def split_rows(texts: Sequence[str], held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and rows to measure on; of a few prompts, at most a quarter is held out.
 
-    A single prompt (up to three) is used for both, and so are all where none is to be held out.
+    A prompt that occurs several times is held out, once, or trained on. A single prompt (up to three) is used for both,
+    and so are all where none is to be held out.
 
     Args:
-      total: prompts.
-      held_out: wished for.
+      texts: of the prompts.
+      held_out: prompts wished for.
       seed: of the choice.
 
     Returns:
-      Their indices, ascending.
+      Indices of rows, ascending.
     """
+    first: dict[str, int] = {}
+    for row, text in enumerate(texts):
+        first.setdefault(text, row)
+    rows, total = np.array(list(first.values())), len(first)
     order = np.argsort(np.random.Philox(np.random.SeedSequence([seed, 1])).random_raw(total), kind="stable")
     count = min(held_out, total // 4)
     if count == 0:
-        return np.arange(total), np.sort(order[: max(1, min(held_out, total))])
-    return np.sort(order[count:]), np.sort(order[:count])
+        return np.arange(len(texts)), np.sort(rows[order[: max(1, min(held_out, total))]])
+    kept = {texts[row] for row in rows[order[:count]]}
+    return np.array([i for i, text in enumerate(texts) if text not in kept]), np.sort(rows[order[:count]])
 
 
 def order_of(prompts: Prompts, batch: int, seed: int) -> Callable[[int], np.ndarray]:
