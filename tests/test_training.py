@@ -431,17 +431,21 @@ def test_data_of_the_user_are_the_batches(method, kind, world, tmp_path):
     """Every training prompt with its own completions, end tokens included; none of those that are measured on."""
     sizes = dataclasses.replace(SIZES, horizon=10, batch=3)
     job = make_job(with_data(asked(world, method, sizes=sizes), data_file(world, tmp_path, kind)))
-    assert len(job.train.texts) == 10 and job.is_held_out and job.chosen.drawn_from == "data"
-    tokenizer = job.model.tokenizer
+    size = 1 if method == "dt-tilted" else 2  # it compares nothing: each completion is a row
+    assert len(job.train.texts) == 20 // size and job.is_held_out and job.chosen.drawn_from == "data"
+    assert job.data.tokens.shape == (20 // size, size, 10)
+    tokenizer, seen = job.model.tokenizer, []
     for row, prompt in enumerate(job.train.texts):
         number = int(prompt.split()[0])
         words = [["the sun", "a sky", "no rain"][(number + k) % 3] for k in (0, 1)]
-        assert decoded(tokenizer, job.data.tokens[row], job.data.mask[row]) == words
-        ends = [job.data.tokens[row, k, int(job.data.mask[row, k].sum()) - 1] for k in (0, 1)]
+        wanted = dict(zip(words, [1.0, 0.0] if kind == "pairs" else [1.5, number / 12], strict=True))
+        texts = decoded(tokenizer, job.data.tokens[row], job.data.mask[row])
+        np.testing.assert_allclose(job.data.reward[row], [wanted[text] for text in texts])
+        ends = [job.data.tokens[row, k, int(job.data.mask[row, k].sum()) - 1] for k in range(size)]
         assert set(ends) <= set(tokenizer.end_ids)
-        wanted = [1.0, 0.0] if kind == "pairs" else [1.5, number / 12]
-        np.testing.assert_allclose(job.data.reward[row], wanted)
-    assert job.data.prompt[:, 0].tolist() == job.train.ids[:, 0].tolist()
+        seen += [(number, text) for text in texts]
+    assert len(set(seen)) == 20
+    np.testing.assert_array_equal(job.data.prompt, job.train.ids)
     run = start(job)
     for step in range(2):
         run, row = advance(job, run, step)

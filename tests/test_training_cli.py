@@ -218,7 +218,7 @@ BAD = {
     "unrecorded": (DATA | {"method": "rwr"}, 'logged.jsonl: line 1: missing field "log_behaviour"'),
     "single completion": (
         {"--prompts": None, "--data": "single.jsonl", "method": "vargrad"},
-        "single.jsonl: line 1: one completion of a prompt",
+        "vargrad compares completions of one prompt: single.jsonl has one of each",
     ),
     "too few draws": (
         DATA | {"method": "best-of-n", "--n": "3"},

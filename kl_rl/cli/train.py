@@ -34,8 +34,8 @@ rewards: module:function or file.py:function, called as function(prompt, complet
 prompts: .jsonl or .parquet with a field "prompt" (or "messages", "prompt_tokens"); .txt: a prompt on each line, or
   pieces of --prompt-length tokens
 data: .jsonl or .parquet; for dpo and ipo comparisons (prompt, chosen, rejected), else completions with rewards (prompt,
-  completion or completions, reward or rewards, log_behaviour for rwr), as many for each prompt; a part of their prompts
-  is held out, and --reward is what their rewards are: it scores the samples that are measured
+  completion or completions, reward or rewards; for rwr log_behaviour; for vargrad and best-of-n as many for each
+  prompt). Some of their prompts are held out; --reward is what their rewards are, and scores the samples measured
 
 examples:
   kl-rl train rlhf --base runs/base --prompts lines.txt --reward words.json --beta 0.5 --out runs/rlhf

@@ -103,14 +103,6 @@ def _mesh(settings: Settings) -> Mesh | None:
     return mesh
 
 
-def _check_draws(settings: Settings, chosen: Chosen, found: int) -> None:
-    if chosen.method.knob == "n" and chosen.knob > found:
-        raise TrainingError(
-            f"--n must be at most the {found} completions that {settings.task.data} has of a prompt; "
-            f"got {chosen.knob:g}"
-        )
-
-
 def make_job(settings: Settings) -> Job:
     """Open model, prompts and reward, and prepare (but not yet compile) the programs.
 
@@ -138,12 +130,7 @@ def make_job(settings: Settings) -> Job:
     if chosen.returns:
         model = with_returns(model, execution)
         base = model.base if mesh is None else place(model.base, mesh)
-    logged = None
-    if settings.task.data is not None:
-        logged = load_logged(
-            settings, model, comparisons=chosen.compares, weighs_behaviour=chosen.weighs_behaviour
-        )
-        _check_draws(settings, chosen, logged.batch.reward.shape[1])
+    logged = None if settings.task.data is None else load_logged(settings, model, chosen)
     prompts = load_prompts(settings, model) if logged is None else logged.prompts
     rows, kept = split_rows(prompts.texts, settings.sizes.held_out, settings.learning.seed)
     train, held_out = prompts.take(rows), prompts.take(kept)

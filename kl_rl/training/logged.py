@@ -8,7 +8,6 @@ import numpy as np
 
 from kl_rl.data import (
     ComparisonRecord,
-    DataError,
     LoggedRecord,
     encode_comparisons,
     encode_logged,
@@ -16,6 +15,7 @@ from kl_rl.data import (
     load_records,
 )
 from kl_rl.training.errors import TrainingError
+from kl_rl.training.methods import Chosen
 from kl_rl.training.model import Model
 from kl_rl.training.prompts import Prompts, encoded, encoder_of
 from kl_rl.training.settings import Settings
@@ -40,17 +40,27 @@ class Logged(NamedTuple):
         return Logged(self.prompts.take(index), Trajectories(*(leaf[index] for leaf in self.batch)))
 
 
-def load_logged(settings: Settings, model: Model, *, comparisons: bool, weighs_behaviour: bool) -> Logged:
+def _check_draws(settings: Settings, chosen: Chosen, found: int) -> None:
+    task = settings.task
+    if chosen.needs_groups and found < 2:
+        raise TrainingError(f"{task.method} compares completions of one prompt: {task.data} has one of each")
+    if chosen.method.knob == "n" and task.n > found:
+        raise TrainingError(
+            f"--n must be at most the {found} completions that {task.data} has of a prompt; got {task.n:g}"
+        )
+
+
+def load_logged(settings: Settings, model: Model, chosen: Chosen) -> Logged:
     """Read a file of data.
 
     Args:
       settings: of the run.
       model: its tokenizer and context.
-      comparisons: pairs (``chosen``, ``rejected``); else completions with rewards, those of a prompt joined.
-      weighs_behaviour: whether the method reads the log-probabilities under whatever drew the completions.
+      chosen: the method: it wants comparisons (``chosen``, ``rejected``), or completions with rewards, those of a
+        prompt joined if it compares them, with ``log_behaviour`` if it weighs by that.
 
     Returns:
-      The data; rewards are 1 and 0 in pairs.
+      The data; rewards are 1 and 0 in comparisons.
 
     Raises:
       TrainingError, DataError: naming file, line and field, or what does not fit.
@@ -58,17 +68,17 @@ def load_logged(settings: Settings, model: Model, *, comparisons: bool, weighs_b
     file, encoder = str(settings.task.data), encoder_of(settings, model, completions=True)
     records: list[Any]
     try:
-        if comparisons:
+        if chosen.compares:
             records = load_records(file, ComparisonRecord).records
             batch = encode_comparisons(records, encoder)
         else:
-            records = grouped(load_records(file, LoggedRecord).records)
+            records = load_records(file, LoggedRecord).records
+            records = grouped(records) if chosen.needs_groups else records
             recorded = any(record.log_behaviour is not None for record in records)
-            batch = encode_logged(records, encoder, assume_base=not (recorded or weighs_behaviour))
+            batch = encode_logged(records, encoder, assume_base=not (recorded or chosen.weighs_behaviour))
     except OSError as error:
         raise TrainingError(f"{file}: cannot be read: {error.strerror or error}") from error
+    _check_draws(settings, chosen, batch.reward.shape[1])
     prompts = encoded(settings, model, [(record.where, record.prompt) for record in records])
-    if batch.reward.shape[1] < 2:
-        raise DataError(f"{records[0].where}: one completion of a prompt; methods compare at least two")
     arrays: tuple[Any, ...] = (prompts.ids, *batch[1:])
     return Logged(prompts, Trajectories(*arrays))

@@ -86,6 +86,11 @@ class Chosen(NamedTuple):
         return self.method.family == "preference"
 
     @property
+    def needs_groups(self) -> bool:
+        """Whether it compares the completions of one prompt with each other."""
+        return self.method.name in ("best-of-n", "vargrad-replay", "vargrad-logged")
+
+    @property
     def weighs_behaviour(self) -> bool:
         """Whether it reads the log-probabilities under whatever drew its samples."""
         return self.method.name.startswith("rwr")
