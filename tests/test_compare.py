@@ -13,7 +13,6 @@ import pytest
 from kl_rl.compare import matched
 from kl_rl.compare.catalogue import CATALOGUE, methods_named
 from kl_rl.compare.main import frontier_price
-from kl_rl.compare.parallel import Board, in_parallel, interruptible
 from kl_rl.compare.reference import best_of_n_law
 
 WORLD = {
@@ -136,25 +135,6 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(world_file, tmp_path):
     assert again.returncode == 0, again.stderr
     counted = [(r["method"], r["knob_value"], r["seed"]) for r in rows_of(out)]
     assert len(counted) == len(set(counted)) and set(asked) <= {c[0] for c in counted}
-
-
-def test_an_interrupt_that_is_lost_still_stops(monkeypatch):
-    """As where the exception strikes in a callback of the collector: the workers end, and the caller hears of it."""
-    monkeypatch.setattr(signal, "getsignal", lambda number: lambda *_: None)  # raises nothing
-    with interruptible() as stop:
-        board = Board(lambda fraction, message: None, offset=0, total=3, stop=stop)
-
-        def work(item):
-            if item == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-            while True:
-                time.sleep(0.01)
-                board.tell(str(item), 0.5, "")
-
-        with pytest.raises(KeyboardInterrupt):
-            list(in_parallel(work, range(3), stop))
-        with pytest.raises(KeyboardInterrupt):
-            list(in_parallel(work, range(3), stop))
 
 
 BAD = {

@@ -102,7 +102,8 @@ def test_a_conversation_goes_through_the_reward_models_template(tmp_path):
     model, tokenizer = load_reward_model(plain), load_tokenizer(plain)
 
     def score(text, begin=()):
-        hidden = last_hidden(model.config, model.weights, jnp.asarray([[*begin, *tokenizer.encode(text)]]))
+        ids = jnp.asarray([[*begin, *tokenizer.encode(text)]])
+        hidden = jax.jit(last_hidden, static_argnums=0)(model.config, model.weights, ids)
         return float((hidden @ model.score)[0])
 
     rate = lambda folder, prompt: rewards_of(load_reward(str(folder)), [prompt], ["sky"], skip=False)[0]

@@ -26,7 +26,8 @@ ROWS = {  # of the catalogue -> of the table of families
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"ipo"}))
+# IPO is below; expert iteration has the loss of best-of-n
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"ipo", "expert_iteration"}))
 def test_fixed_points_under_tempered_samples(name, tiny):
     """Mean update at the fixed point for samples at temperature 0.6: zero within its standard error, or clearly not.
 

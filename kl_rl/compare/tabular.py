@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from kl_rl.compare.catalogue import Method
 from kl_rl.compare.knobs import row_beta
 from kl_rl.compare.matched import grid
-from kl_rl.compare.parallel import Board, in_parallel, interruptible
+from kl_rl.compare.parallel import Board, in_parallel
 from kl_rl.compare.problem import Problem, make_problem, mean_at_fraction
 from kl_rl.compare.reference import flow_curves, reference_laws
 from kl_rl.compare.rows import exact_budgets, sampled_interval
@@ -126,19 +125,6 @@ def run_tabular(
       progress: called with the fraction done and a message.
       extras: ``problem -> (law, budget) -> dict``, further measurements of every row (queries, scores).
     """
-    with interruptible() as stop:
-        _run(world, methods, plan, session, progress, extras, stop)
-
-
-def _run(
-    world: World,
-    methods: tuple[Method, ...],
-    plan: Plan,
-    session: Session,
-    progress: Progress,
-    extras: Callable[[Problem], Callable[[np.ndarray, dict[str, float]], dict[str, Any]]],
-    stop: threading.Event,
-) -> None:
     total = len(methods) + 2
     progress(0.0, f"base model by maximum likelihood on {world.name}")
     problem = make_problem(world, base_steps=plan.base_steps)
@@ -156,7 +142,7 @@ def _run(
             )
         session.append("results.jsonl", [row | about for row in rows])
     waiting = [method for method in methods if method.name not in done]
-    board = Board(progress, offset=2 + len(methods) - len(waiting), total=total, stop=stop)
+    board = Board(progress, offset=2 + len(methods) - len(waiting), total=total)
 
     def work(method: Method) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         trained = train(
