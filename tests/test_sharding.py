@@ -238,7 +238,13 @@ def accumulation(name, num_parts):
     return [run(algorithm) for algorithm in steps]
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"reward_weighted"}))
+IN_PARTS_OFTEN = ("ppo", "trajectory_balance", "decision_transformer", "alpha_divergence", "dpo")
+IN_PARTS_SELDOM = sorted(FAMILIES.keys() - {"reward_weighted", *IN_PARTS_OFTEN})
+
+
+@pytest.mark.parametrize(
+    "name", [*IN_PARTS_OFTEN, *(pytest.param(name, marks=pytest.mark.slow) for name in IN_PARTS_SELDOM)]
+)
 def test_accumulated_parts_equal_the_whole_batch(name):
     """State, extra state and all of Info; two steps of PPO on each batch."""
     whole, parts = accumulation(name, 4)

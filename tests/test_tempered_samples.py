@@ -26,8 +26,13 @@ ROWS = {  # of the catalogue -> of the table of families
 }  # fmt: skip
 
 
-# IPO is below; expert iteration has the loss of best-of-n
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"ipo", "expert_iteration"}))
+OFTEN = {"ppo", "best_of_n", "reward_weighted", "alpha_divergence", "dpo"}
+SELDOM = sorted(
+    METHODS.keys() - OFTEN - {"ipo", "expert_iteration"}
+)  # IPO is below; the other is as best-of-n
+
+
+@pytest.mark.parametrize("name", [*sorted(OFTEN), *(pytest.param(n, marks=pytest.mark.slow) for n in SELDOM)])
 def test_fixed_points_under_tempered_samples(name, tiny):
     """Mean update at the fixed point for samples at temperature 0.6: zero within its standard error, or clearly not.
 
