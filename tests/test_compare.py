@@ -110,12 +110,19 @@ def test_resume_makes_exactly_the_rows_that_are_missing(finished, world_file):
     assert changed.returncode == 2 and "steps" in changed.stderr
 
 
+HEARS_CTRL_C = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
+runpy.run_module("kl_rl", run_name="__main__")
+"""
+
+
 def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(world_file, tmp_path):
     out = tmp_path / "run"
     asked = ["filter", "dpo", "rwr"]  # two at a time: the first to end leaves the others in the middle
     args = ["--world", str(world_file), "--methods", *asked, "--out", str(out), *FAST]
     process = subprocess.Popen(
-        [sys.executable, "-m", "kl_rl", "compare", *args],
+        [sys.executable, "-c", HEARS_CTRL_C, "compare", *args],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
