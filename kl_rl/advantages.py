@@ -42,9 +42,7 @@ def group_normalized(value: jax.Array, *, epsilon: float = 1e-6) -> jax.Array:
     """
     if value.shape[-1] < 2:
         raise ValueError(f"group normalization needs K >= 2 samples per prompt; got K = {value.shape[-1]}")
-    value = (
-        value - value[..., :1]
-    )  # a constant group is then exactly 0: the mean of equal floats need not equal them
+    value = value - value[..., :1]  # of equal values exactly 0: their mean need not equal them
     centred = value - jnp.mean(value, axis=-1, keepdims=True)
     return centred / (jnp.std(value, axis=-1, keepdims=True) + epsilon)
 
