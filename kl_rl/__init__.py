@@ -11,19 +11,19 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "Trajectories": "trajectories",
-    "Policy": "policy",
-    "from_nnx": "policy",
-    "mixture": "policy",
-    "sequence_log_prob": "policy",
-    "Posterior": "posterior",
-    "Tilt": "posterior",
-    "Threshold": "posterior",
-    "Interval": "posterior",
-    "sample": "rollout",
-    "generate": "sampler",
-    "Transform": "transform",
-    "score": "rollout",
+    "Trajectories": "core.trajectories",
+    "Policy": "core.policy",
+    "from_nnx": "core.policy",
+    "mixture": "core.policy",
+    "sequence_log_prob": "core.policy",
+    "Posterior": "core.posterior",
+    "Tilt": "core.posterior",
+    "Threshold": "core.posterior",
+    "Interval": "core.posterior",
+    "sample": "core.rollout",
+    "generate": "core.sampler",
+    "Transform": "core.transform",
+    "score": "core.rollout",
     "Algorithm": "algorithm",
     "Info": "algorithm",
     "State": "algorithm",
@@ -54,16 +54,15 @@ _HOME = {
     "enumerate_strings": "exact",
     "log_prob": "exact",
     "reward_levels": "exact",
-    "Estimate": "estimate",
+    "Estimate": "core.estimate",
     "calibration_budget": "calibration",
     "read_samples": "samples",
     "Samples": "samples",
 }
 _MODULES = (
-    "advantages automaton budget calibration checkpoint data dynamic estimate exact families fit flows "
-    "hidden_markov huggingface kl models numerics objectives plan "
-    "policy posterior pretrain queries rollout sampler samples sbc scores sharding sources streaming "
-    "tokenizer training trajectories transform weights worlds"
+    "advantages automaton budget calibration checkpoint core data dynamic exact families fit "
+    "flows hidden_markov huggingface kl models objectives plan pretrain queries samples sbc "
+    "scores sharding sources tokenizer training weights worlds "
 ).split()
 
 __all__ = sorted(_HOME)

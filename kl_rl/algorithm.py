@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kl_rl import advantages, numerics, weights
+from kl_rl import advantages, weights
+from kl_rl.core import numerics
+from kl_rl.core.policy import Policy
+from kl_rl.core.posterior import Evidence, Posterior, check_temperature
+from kl_rl.core.rollout import prefix_values, score
+from kl_rl.core.trajectories import Trajectories, check_trajectories
 from kl_rl.parts import map_parts, num_parts, value_and_grad
-from kl_rl.policy import Policy
-from kl_rl.posterior import Evidence, Posterior, check_temperature
-from kl_rl.rollout import prefix_values, score
-from kl_rl.trajectories import Trajectories, check_trajectories
 
 __all__ = ["Algorithm", "Extra", "Info", "Scored", "State", "base_policy", "gradient_algorithm", "own_policy"]
 

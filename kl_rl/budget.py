@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kl_rl import numerics
+from kl_rl.core import numerics
 from kl_rl.exact import Levels, expectation, kl_divergence, level_log_prob
 
 __all__ = ["Budget", "budget", "conditional_js", "conditional_kl", "fit_tilt", "price", "undo_reward"]

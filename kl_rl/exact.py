@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl import numerics
-from kl_rl.policy import Policy
-from kl_rl.trajectories import completion_mask
+from kl_rl.core import numerics
+from kl_rl.core.policy import Policy
+from kl_rl.core.trajectories import completion_mask
 
 __all__ = [
     "ENUMERATION_LIMIT",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kl_rl import numerics
+from kl_rl.core import numerics
 from kl_rl.exact import expectation
 
 __all__ = ["natural_gradient_flow", "vanilla_gradient_flow"]

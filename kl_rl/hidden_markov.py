@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kl_rl import numerics
-from kl_rl.policy import Decoder, Policy
+from kl_rl.core import numerics
+from kl_rl.core.policy import Decoder, Policy
 
 __all__ = ["HiddenMarkov", "belief_after", "hidden_markov_policy"]
 

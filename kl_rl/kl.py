@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kl_rl import numerics
+from kl_rl.core import numerics
 
 __all__ = ["exact_token_kl", "k1", "k2", "k3"]
 

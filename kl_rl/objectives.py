@@ -10,8 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kl_rl import numerics
 from kl_rl.advantages import leave_one_out
+from kl_rl.core import numerics
 
 __all__ = [
     "alpha_divergence",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kl_rl.policy import Policy, sequence_log_prob
+from kl_rl.core.policy import Policy, sequence_log_prob
 
 __all__ = ["fit_likelihood"]
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kl_rl.policy import Policy
-from kl_rl.posterior import Posterior
-from kl_rl.rollout import RewardFn, rollout
-from kl_rl.trajectories import Trajectories
+from kl_rl.core.policy import Policy
+from kl_rl.core.posterior import Posterior
+from kl_rl.core.rollout import RewardFn, rollout
+from kl_rl.core.trajectories import Trajectories
 
 __all__ = ["Source", "comparisons", "fresh", "logged", "replay"]
 

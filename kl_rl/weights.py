@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kl_rl import numerics
+from kl_rl.core import numerics
 
 __all__ = ["best_of_n", "effective_sample_size", "pooled", "self_normalized"]
 

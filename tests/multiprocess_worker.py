@@ -18,11 +18,12 @@ def run_steps(shape):
     import optax
     from jax.experimental.multihost_utils import process_allgather
 
-    from kl_rl import families, rollout
+    from kl_rl import families
+    from kl_rl.core import rollout
+    from kl_rl.core.posterior import Posterior, Tilt
+    from kl_rl.core.trajectories import Trajectories
     from kl_rl.models import DecoderConfig, Execution, decoder_policy, decoder_twist, init_weights
-    from kl_rl.posterior import Posterior, Tilt
     from kl_rl.sharding import jit_step, make_mesh, place, place_batch
-    from kl_rl.trajectories import Trajectories
 
     config = DecoderConfig.gpt2(12, width=16, layers=2, heads=4, context=16)
     execution = Execution("float64", scan_layers=True, remat=True, fuse=False)

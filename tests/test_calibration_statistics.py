@@ -5,7 +5,7 @@ import pytest
 from calibration_worlds import NAMES, World, concatenate, entries, gaussian_tilt, world
 
 from kl_rl.calibration import calibration_budget
-from kl_rl.estimate import Estimate, mean_estimate, poisson_upper_limit, student_quantile
+from kl_rl.core.estimate import Estimate, mean_estimate, poisson_upper_limit, student_quantile
 from kl_rl.samples import Samples
 
 # ---------------------------------------------------------------- estimates

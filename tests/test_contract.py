@@ -10,12 +10,12 @@ import pytest
 from decoders import CONFIGS, policy_of, random_weights, scanned
 
 from kl_rl import Trajectories, sample, score
+from kl_rl.core.policy import mixture, token_log_probs
+from kl_rl.core.sampler import begin, finish, generate, proceed, reorder
+from kl_rl.core.streaming import bucket_length, cache_bytes, pad_prompts, stream
+from kl_rl.core.transform import Transform, transformed
 from kl_rl.models import Execution, lora_policy, packed_log_probs, table_policy
-from kl_rl.policy import mixture, token_log_probs
-from kl_rl.sampler import begin, finish, generate, proceed, reorder
 from kl_rl.sharding import make_mesh, place
-from kl_rl.streaming import bucket_length, cache_bytes, pad_prompts, stream
-from kl_rl.transform import Transform, transformed
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

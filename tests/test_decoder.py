@@ -11,6 +11,7 @@ from decoders import CONFIGS, policy_of, random_weights
 from flax import nnx
 
 from kl_rl import Posterior, Tilt, Trajectories, advance, fresh, ppo, reinforce, score, start
+from kl_rl.core.rollout import prefix_values
 from kl_rl.models import (
     Attention,
     Decoder,
@@ -25,7 +26,6 @@ from kl_rl.models import (
     merge_lora,
     packed_log_probs,
 )
-from kl_rl.rollout import prefix_values
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kl_rl import dynamic, rollout, worlds
+from kl_rl import dynamic, worlds
 from kl_rl.automaton import Automaton, automaton_reward
+from kl_rl.core import rollout
+from kl_rl.core.policy import sequence_log_prob
 from kl_rl.hidden_markov import HiddenMarkov
-from kl_rl.policy import sequence_log_prob
 
 # One compilation for each row: (generator arguments, prompt). Seeds vary the numbers only.
 SHAPES = {

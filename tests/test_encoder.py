@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from records import COMPARED, EPISODE, LETTERS, LOGGED, RANKED, Letters, but, load
 
+from kl_rl.core.policy import Policy
+from kl_rl.core.rollout import score
+from kl_rl.core.trajectories import check_trajectories
 from kl_rl.data import (
     ArrayRows,
     ComparisonRecord,
@@ -28,9 +31,6 @@ from kl_rl.data import (
     grouped,
     ranking_pairs,
 )
-from kl_rl.policy import Policy
-from kl_rl.rollout import score
-from kl_rl.trajectories import check_trajectories
 
 
 def encoder(limits=None, **options):

@@ -12,10 +12,10 @@ import kl_rl
 from kl_rl import exact, families, fit, sources
 from kl_rl.algorithm import Algorithm, Info, State
 from kl_rl.compare.reference import best_of_n_law
+from kl_rl.core.policy import Policy
+from kl_rl.core.posterior import Posterior, Threshold, Tilt
+from kl_rl.core.rollout import rollout
 from kl_rl.models import constant_twist, table_twist
-from kl_rl.policy import Policy
-from kl_rl.posterior import Posterior, Threshold, Tilt
-from kl_rl.rollout import rollout
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -11,10 +11,10 @@ from decoders import CONFIGS, policy_of, random_weights
 
 import kl_rl
 from kl_rl import Trajectories, score
+from kl_rl.core.sampler import generate
 from kl_rl.models import DecoderConfig, Execution, decoder_policy
 from kl_rl.models.attention import row_attention
 from kl_rl.models.positions import layout_of
-from kl_rl.sampler import generate
 
 pytestmark = pytest.mark.gpu
 PROMPT = jnp.asarray([[-1, -1, 3, 5, 6], [1, 2, 3, 4, 5], [7, -1, -1, -1, -1], [8, 9, -1, -1, -1]])

@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 
+from kl_rl.core.trajectories import Trajectories
 from kl_rl.data import (
     ArrayRows,
     Loader,
     TextWindows,
     pack,
 )
-from kl_rl.trajectories import Trajectories
 
 
 def logged_batch(size):

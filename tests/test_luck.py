@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kl_rl import posterior, rollout
-from kl_rl.trajectories import check_trajectories
+from kl_rl.core import posterior, rollout
+from kl_rl.core.trajectories import check_trajectories
 from kl_rl.worlds import luck, luck_play
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

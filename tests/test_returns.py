@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kl_rl.core.rollout import score
+from kl_rl.core.streaming import stream
+from kl_rl.core.trajectories import Trajectories
+from kl_rl.core.transform import Transform
 from kl_rl.models import DecoderConfig, decoder_policy, init_weights
-from kl_rl.rollout import score
-from kl_rl.streaming import stream
 from kl_rl.training import TrainingError
 from kl_rl.training.returns import deployed_policy, with_place, write_returns
-from kl_rl.trajectories import Trajectories
-from kl_rl.transform import Transform
 
 BEGIN, FIRST, RETURNS, HORIZON = 11, 12, 3, 6
 

@@ -13,7 +13,10 @@ import numpy as np
 import optax
 import pytest
 
-from kl_rl import families, rollout
+from kl_rl import families
+from kl_rl.core import rollout
+from kl_rl.core.posterior import Posterior, Tilt
+from kl_rl.core.trajectories import Trajectories
 from kl_rl.models import (
     Attention,
     DecoderConfig,
@@ -30,7 +33,6 @@ from kl_rl.models import (
     table_twist,
 )
 from kl_rl.parts import in_parts, value_and_grad
-from kl_rl.posterior import Posterior, Tilt
 from kl_rl.sharding import (
     check_mesh,
     jit_step,
@@ -40,7 +42,6 @@ from kl_rl.sharding import (
     shardings,
     weight_sharding,
 )
-from kl_rl.trajectories import Trajectories
 
 VOCAB, LENGTH, HORIZON = 12, 3, 4
 QUICKLY = Execution("float64", fuse=False)

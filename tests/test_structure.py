@@ -16,8 +16,8 @@ MODULES = sorted(p.relative_to(PACKAGE).with_suffix("").as_posix() for p in PACK
 
 # Lower number: further down. A module imports from its own layer or below; leaves are imported by leaves only.
 LAYERS = {
-    0: "numerics processes checksum strays trajectories weights kl advantages objectives estimate samples".split(),
-    1: "policy posterior transform sampler streaming rollout sources automaton hidden_markov parts".split(),
+    0: "core processes checksum strays  weights kl advantages objectives  samples".split(),
+    1: "      sources automaton hidden_markov parts".split(),
     2: "algorithm families fit pretrain".split(),
     3: "exact flows dynamic".split(),
     4: "budget calibration scores queries sbc".split(),
@@ -26,7 +26,7 @@ LAYERS = {
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 CONFINED = {
-    "flax": {"models", "policy"},
+    "flax": {"models", "core"},
     "orbax": {"checkpoint"},
     "numpyro": {"oracle"},
     "matplotlib": {"compare", "cli"},

@@ -14,8 +14,9 @@ from training_world import contents, make_world, programs_kept
 
 from kl_rl.checkpoint import Checkpoints
 from kl_rl.compare.catalogue import CATALOGUE
+from kl_rl.core.rollout import score
+from kl_rl.core.trajectories import Trajectories
 from kl_rl.huggingface import load_checkpoint
-from kl_rl.rollout import score
 from kl_rl.training import (
     BadRewardValue,
     Diverged,
@@ -41,7 +42,6 @@ from kl_rl.training.prompts import order_of, split_rows
 from kl_rl.training.returns import return_edges
 from kl_rl.training.rewards import HostReward, load_reward, one_by_one, rewards_of
 from kl_rl.training.run import blank, decoded
-from kl_rl.trajectories import Trajectories
 
 TINY = PretrainPlan(steps=200, width=32, layers=1, heads=2, context=40, batch=16, learning_rate=5e-3)
 SIZES = Sizes(steps=4, batch=2, num_samples=4, horizon=8, held_out=2, eval_every=2, eval_samples=4)

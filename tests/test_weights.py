@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from kl_rl.advantages import group_normalized, leave_one_out
-from kl_rl.sampler import _inverse
-from kl_rl.transform import Transform, transformed
+from kl_rl.core.sampler import _inverse
+from kl_rl.core.transform import Transform, transformed
 from kl_rl.weights import best_of_n
 
 

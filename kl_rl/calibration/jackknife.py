@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kl_rl.calibration.levels import Cells
-from kl_rl.estimate import student_quantile
+from kl_rl.core.estimate import student_quantile
 
 __all__ = ["Jackknife", "delete_one", "jackknife", "prompt_left_out"]
 

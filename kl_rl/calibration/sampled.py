@@ -25,7 +25,7 @@ from kl_rl.calibration.levels import Cells, build_cells
 from kl_rl.calibration.price import Price, fit_tilts, log_moments, price, tilt_spread
 from kl_rl.calibration.types import Bounded, Budget
 from kl_rl.calibration.warnings import find_warnings
-from kl_rl.estimate import Estimate
+from kl_rl.core.estimate import Estimate
 from kl_rl.samples import Samples
 
 __all__ = ["Bounded", "Budget", "calibration_budget"]

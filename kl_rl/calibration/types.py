@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kl_rl.estimate import Estimate
+from kl_rl.core.estimate import Estimate
 
 __all__ = ["Bounded", "Budget"]
 

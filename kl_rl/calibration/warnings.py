@@ -6,7 +6,7 @@ import numpy as np
 
 from kl_rl.calibration.levels import Cells
 from kl_rl.calibration.types import Budget
-from kl_rl.estimate import mean_estimate
+from kl_rl.core.estimate import mean_estimate
 
 __all__ = ["find_warnings"]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from kl_rl.calibration import Bounded, Budget, calibration_budget
 from kl_rl.cli.parsing import Subparsers, add_command
-from kl_rl.estimate import Estimate
+from kl_rl.core.estimate import Estimate
 from kl_rl.samples import BadSamples, Samples, read_samples
 
 __all__ = ["add_parser", "run"]

@@ -87,10 +87,10 @@ def run(args: argparse.Namespace) -> int:
     use_cache()
     import jax
 
-    from kl_rl.streaming import stream
+    from kl_rl.core.streaming import stream
+    from kl_rl.core.transform import Transform
     from kl_rl.training.model import begin_of, load_model, model_folder
     from kl_rl.training.returns import deployed_policy, with_place
-    from kl_rl.transform import Transform
 
     model = load_model(args.model)
     ids = _ids(args, model.tokenizer)

@@ -15,11 +15,11 @@ import optax
 
 from kl_rl import families, sources
 from kl_rl.algorithm import Algorithm
+from kl_rl.core.policy import Policy
+from kl_rl.core.posterior import Evidence, Threshold, Tilt
+from kl_rl.core.rollout import RewardFn
 from kl_rl.families.conditioning import ReturnPrior
 from kl_rl.parts import in_parts
-from kl_rl.policy import Policy
-from kl_rl.posterior import Evidence, Threshold, Tilt
-from kl_rl.rollout import RewardFn
 from kl_rl.sources import Source
 
 __all__ = ["CATALOGUE", "Context", "Method", "Setup", "methods_named"]

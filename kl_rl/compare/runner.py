@@ -14,7 +14,7 @@ from kl_rl import fit, models
 from kl_rl.compare.catalogue import Context, Method
 from kl_rl.compare.knobs import knob_values
 from kl_rl.compare.problem import Problem, exact_law, normalized
-from kl_rl.posterior import Posterior
+from kl_rl.core.posterior import Posterior
 
 __all__ = ["Plan", "Trained", "make_context", "train"]
 

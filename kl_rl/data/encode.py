@@ -7,13 +7,13 @@ from functools import partial
 
 import numpy as np
 
+from kl_rl.core.trajectories import Trajectories
 from kl_rl.data.encoder import Encoder
 from kl_rl.data.episodes import EpisodeRecord, Step
 from kl_rl.data.errors import DataError, Skipped, pass_over
 from kl_rl.data.padding import Completion, Example, padded_prompts
 from kl_rl.data.records import ComparisonRecord, LoggedRecord, PromptRecord, RankingRecord
 from kl_rl.data.row import Content
-from kl_rl.trajectories import Trajectories
 
 __all__ = ["encode_comparisons", "encode_episodes", "encode_logged", "encode_prompts", "encode_rankings"]
 

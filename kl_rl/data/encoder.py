@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
+from kl_rl.core.trajectories import Trajectories
 from kl_rl.data.errors import DataError, Skipped, pass_over
 from kl_rl.data.padding import Completion, Example, Limits, fitted, stacked
 from kl_rl.data.records import LogProbs
 from kl_rl.data.row import Content
-from kl_rl.trajectories import Trajectories
 
 __all__ = ["Encoder", "Tokenizer"]
 

@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from kl_rl.core.trajectories import Trajectories
 from kl_rl.data.errors import DataError
-from kl_rl.trajectories import Trajectories
 
 __all__ = ["PADDING", "Completion", "Example", "Limits", "fitted", "padded_prompts", "stacked"]
 

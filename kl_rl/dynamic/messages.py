@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kl_rl import numerics
 from kl_rl.automaton import Automaton, run
+from kl_rl.core import numerics
 from kl_rl.dynamic.lattice import Lattice
 from kl_rl.hidden_markov import HiddenMarkov, belief_after
 

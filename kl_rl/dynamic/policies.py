@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from kl_rl.automaton import Automaton
+from kl_rl.core.policy import Decoder, Policy
 from kl_rl.dynamic.lattice import Lattice
 from kl_rl.dynamic.messages import backward, counting_graph, log_sum_exp, start, tilted_graph
 from kl_rl.hidden_markov import HiddenMarkov, hidden_markov_policy
-from kl_rl.policy import Decoder, Policy
 
 __all__ = ["TwistedProcess", "posterior_policy", "reward_conditioned_policy"]
 

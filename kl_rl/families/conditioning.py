@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kl_rl import numerics, objectives
+from kl_rl import objectives
 from kl_rl.algorithm import Algorithm, Extra, Scored, State, base_policy, gradient_algorithm
-from kl_rl.policy import Policy, mixture
-from kl_rl.posterior import Evidence, Posterior
-from kl_rl.trajectories import Trajectories
+from kl_rl.core import numerics
+from kl_rl.core.policy import Policy, mixture
+from kl_rl.core.posterior import Evidence, Posterior
+from kl_rl.core.trajectories import Trajectories
 
 __all__ = ["ReturnCounts", "decision_transformer", "greatest_return", "tilted_returns", "top_quantile"]
 

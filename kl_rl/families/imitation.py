@@ -11,8 +11,8 @@ import optax
 
 from kl_rl import objectives, weights
 from kl_rl.algorithm import Algorithm, Extra, State, base_policy, gradient_algorithm
-from kl_rl.policy import Policy
-from kl_rl.posterior import Posterior
+from kl_rl.core.policy import Policy
+from kl_rl.core.posterior import Posterior
 
 __all__ = ["best_of_n", "expert_iteration", "filtered", "reward_weighted"]
 

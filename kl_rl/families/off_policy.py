@@ -12,7 +12,7 @@ import optax
 
 from kl_rl import objectives
 from kl_rl.algorithm import Algorithm, gradient_algorithm
-from kl_rl.policy import Policy
+from kl_rl.core.policy import Policy
 
 __all__ = ["path_consistency", "subtrajectory_balance", "trajectory_balance", "vargrad"]
 

@@ -7,7 +7,7 @@ import optax
 
 from kl_rl import objectives
 from kl_rl.algorithm import Algorithm, base_policy, gradient_algorithm
-from kl_rl.trajectories import pairs
+from kl_rl.core.trajectories import pairs
 
 __all__ = ["dpo", "ipo"]
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import jax
 import optax
 
-from kl_rl import advantages, numerics, objectives
+from kl_rl import advantages, objectives
 from kl_rl.algorithm import Algorithm, gradient_algorithm
+from kl_rl.core import numerics
+from kl_rl.core.policy import Policy
 from kl_rl.kl import k2
-from kl_rl.policy import Policy
 
 __all__ = ["grpo", "ppo", "reinforce"]
 

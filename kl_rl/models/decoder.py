@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kl_rl.core.policy import Decoder, Policy
 from kl_rl.models.attention import row_attention
 from kl_rl.models.cache import Advance, Fork, Gather, Prefill, Prepare
 from kl_rl.models.config import DecoderConfig, Execution
@@ -20,7 +21,6 @@ from kl_rl.models.head import logits_of, token_log_probs_of
 from kl_rl.models.layers import normalize, rotations, run_layers
 from kl_rl.models.positions import Layout, last_index, layout_of, packed_layout
 from kl_rl.models.shared import completion_hidden, embed
-from kl_rl.policy import Decoder, Policy
 
 __all__ = ["decoder_policy", "forward", "hidden_states", "last_hidden", "packed_log_probs"]
 

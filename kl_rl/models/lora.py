@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kl_rl.policy import Decoder, Policy
+from kl_rl.core.policy import Decoder, Policy
 
 __all__ = ["PROJECTIONS", "lora_policy", "merge_lora"]
 

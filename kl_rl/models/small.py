@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kl_rl.core.policy import Policy
 from kl_rl.models.config import DecoderConfig, Execution
 from kl_rl.models.decoder import decoder_policy
 from kl_rl.models.twist import decoder_twist
 from kl_rl.models.weights import init_weights
-from kl_rl.policy import Policy
 
 __all__ = ["small_config", "small_policy", "small_twist", "tie_extra_rows"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kl_rl import numerics
-from kl_rl.policy import Decoder, Policy
+from kl_rl.core import numerics
+from kl_rl.core.policy import Decoder, Policy
 
 __all__ = ["constant_twist", "table_from_law", "table_policy", "table_twist"]
 

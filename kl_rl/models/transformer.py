@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kl_rl.policy import Policy, from_nnx
+from kl_rl.core.policy import Policy, from_nnx
 
 __all__ = ["Transformer", "tie_extra_tokens", "transformer_policy", "transformer_twist"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kl_rl.core.policy import Policy
 from kl_rl.models.config import DecoderConfig, Execution
 from kl_rl.models.shared import completion_hidden
-from kl_rl.policy import Policy
 
 __all__ = ["decoder_twist"]
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kl_rl.core.policy import Policy
 from kl_rl.models.config import DecoderConfig, Execution
 from kl_rl.models.decoder import decoder_policy
-from kl_rl.policy import Policy
 
 __all__ = ["Decoder", "count_parameters", "init_weights", "weight_shapes"]
 

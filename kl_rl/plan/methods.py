@@ -10,7 +10,7 @@ import optax
 
 from kl_rl import families
 from kl_rl.algorithm import Algorithm
-from kl_rl.policy import Policy
+from kl_rl.core.policy import Policy
 
 __all__ = ["METHODS", "Method"]
 

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kl_rl.core.trajectories import Trajectories
 from kl_rl.sharding.rules import MESH_AXES, axis_size, parameter_spec
-from kl_rl.trajectories import Trajectories
 
 __all__ = ["is_frozen", "place", "place_batch", "put", "replicated", "shardings"]
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from kl_rl.core.policy import Policy
+from kl_rl.core.trajectories import Trajectories
 from kl_rl.models import Execution
-from kl_rl.policy import Policy
 from kl_rl.sharding import AXES, check_mesh, make_mesh, place, put, replicated
 from kl_rl.training.errors import TrainingError
 from kl_rl.training.logged import load_logged
@@ -21,7 +22,6 @@ from kl_rl.training.programs import Knobs, Plan, Programs, make_programs
 from kl_rl.training.prompts import Prompts, load_prompts, order_of, split_rows
 from kl_rl.training.rewards import HostReward, load_reward
 from kl_rl.training.settings import Settings
-from kl_rl.trajectories import Trajectories
 
 __all__ = ["Job", "make_job"]
 

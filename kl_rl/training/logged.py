@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kl_rl.core.trajectories import Trajectories
 from kl_rl.data import (
     ComparisonRecord,
     LoggedRecord,
@@ -19,7 +20,6 @@ from kl_rl.training.methods import Chosen
 from kl_rl.training.model import Model
 from kl_rl.training.prompts import Prompts, encoded, encoder_of
 from kl_rl.training.settings import Settings
-from kl_rl.trajectories import Trajectories
 
 __all__ = ["Logged", "load_logged"]
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kl_rl.core.trajectories import Trajectories, take
 from kl_rl.sources import Source, comparisons
-from kl_rl.trajectories import Trajectories, take
 
 __all__ = ["Memory", "Ring", "compared", "fresh", "given", "logged", "replay"]
 

@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kl_rl.core.policy import Policy
+from kl_rl.core.rollout import score
+from kl_rl.core.streaming import bucket_length, pad_prompts
+from kl_rl.core.trajectories import Trajectories
 from kl_rl.huggingface import CheckpointError, is_reward_model, load_reward_model
 from kl_rl.models import DecoderConfig, last_hidden
-from kl_rl.policy import Policy
-from kl_rl.rollout import score
-from kl_rl.streaming import bucket_length, pad_prompts
 from kl_rl.tokenizer import check_vocabulary, load_tokenizer
 from kl_rl.training.errors import TrainingError
 from kl_rl.training.model import begin_of, load_model
 from kl_rl.training.rewards import Values, one_by_one
-from kl_rl.trajectories import Trajectories
 
 __all__ = ["likelihood_reward", "model_reward", "scored_reward"]
 

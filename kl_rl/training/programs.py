@@ -16,18 +16,18 @@ from jax.sharding import Mesh
 
 from kl_rl.algorithm import Algorithm, Info, State
 from kl_rl.compare.catalogue import Context, Method
+from kl_rl.core.policy import Policy
+from kl_rl.core.posterior import Posterior
+from kl_rl.core.rollout import score
+from kl_rl.core.sampler import generate
+from kl_rl.core.trajectories import Trajectories
+from kl_rl.core.transform import Transform
 from kl_rl.models import DecoderConfig, constant_twist
-from kl_rl.policy import Policy
-from kl_rl.posterior import Posterior
-from kl_rl.rollout import score
-from kl_rl.sampler import generate
 from kl_rl.sharding import shardings
 from kl_rl.training.memory import Memory
 from kl_rl.training.model import RETURN_TOKENS, first_policy, twist_head
 from kl_rl.training.settings import Sizes
 from kl_rl.training.shared import attach, detach
-from kl_rl.trajectories import Trajectories
-from kl_rl.transform import Transform
 
 __all__ = ["Drawn", "Knobs", "Plan", "Programs", "Run", "make_programs"]
 

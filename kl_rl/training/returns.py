@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl.policy import Policy, mixture
+from kl_rl.core.policy import Policy, mixture
 from kl_rl.training.errors import TrainingError
 from kl_rl.training.model import RETURN_TOKENS
 

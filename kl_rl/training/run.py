@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from kl_rl.core.trajectories import Trajectories
 from kl_rl.processes import whole
 from kl_rl.tokenizer import Tokenizer
 from kl_rl.training.errors import BadRewardValue
@@ -17,7 +18,6 @@ from kl_rl.training.programs import Drawn, Knobs, Run
 from kl_rl.training.prompts import Prompts
 from kl_rl.training.returns import return_edges
 from kl_rl.training.rewards import rewards_of
-from kl_rl.trajectories import Trajectories
 
 __all__ = ["Diverged", "Rewarded", "advance", "blank", "decoded", "rewarded", "start"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from kl_rl.policy import Policy
+from kl_rl.core.policy import Policy
 
 __all__ = ["attach", "detach"]
 

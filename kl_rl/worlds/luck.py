@@ -17,8 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kl_rl import numerics
-from kl_rl.posterior import Evidence, Tilt
+from kl_rl.core import numerics
+from kl_rl.core.posterior import Evidence, Tilt
 
 __all__ = [
     "Game",

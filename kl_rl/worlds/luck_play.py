@@ -12,9 +12,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kl_rl import numerics
-from kl_rl.policy import Policy
-from kl_rl.trajectories import Trajectories
+from kl_rl.core import numerics
+from kl_rl.core.policy import Policy
+from kl_rl.core.trajectories import Trajectories
 from kl_rl.worlds.luck import Game, Plan, game_return
 
 __all__ = ["action_policy", "plan_policy", "play"]

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from kl_rl import models
-from kl_rl.policy import Policy, token_log_probs
+from kl_rl.core.policy import Policy, token_log_probs
 from kl_rl.pretrain import fit_likelihood
 from kl_rl.worlds.text import BadText, Corpus
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kl_rl import dynamic
-from kl_rl.estimate import Estimate, mean_estimate
+from kl_rl.core.estimate import Estimate, mean_estimate
 from kl_rl.worlds.enumeration import Leaves, walk_strings
 from kl_rl.worlds.world import World
 

@@ -11,9 +11,9 @@ import pytest
 
 from kl_rl import exact
 from kl_rl.automaton import Automaton, automaton_reward
+from kl_rl.core.policy import Policy
 from kl_rl.hidden_markov import HiddenMarkov, hidden_markov_policy
 from kl_rl.models.tables import table_policy
-from kl_rl.policy import Policy
 
 
 class Tiny(NamedTuple):

@@ -11,8 +11,8 @@ import numpy as np
 from kl_rl.calibration import Bounded, Budget, calibration_budget
 from kl_rl.compare.text.problem import Drawn, TextProblem, draw, flat_samples, score
 from kl_rl.compare.text.reference import tilted_expectation
-from kl_rl.estimate import Estimate, mean_estimate
-from kl_rl.policy import Policy
+from kl_rl.core.estimate import Estimate, mean_estimate
+from kl_rl.core.policy import Policy
 from kl_rl.worlds.text_base import held_out_loss
 from kl_rl.worlds.text_reward import words_in
 

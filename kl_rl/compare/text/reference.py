@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl import numerics
 from kl_rl.compare.text.problem import TextProblem, draw, flat_samples, score
-from kl_rl.estimate import Estimate, mean_estimate
-from kl_rl.policy import Policy
+from kl_rl.core import numerics
+from kl_rl.core.estimate import Estimate, mean_estimate
+from kl_rl.core.policy import Policy
 from kl_rl.samples import Samples
 from kl_rl.worlds.text_reward import in_word
 

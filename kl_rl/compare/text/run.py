@@ -23,8 +23,8 @@ from kl_rl.compare.text.knobs import sampled_knobs, tilt_to_mean
 from kl_rl.compare.text.measure import base_row, budget_row, measure, previews
 from kl_rl.compare.text.problem import TextPlan, TextProblem, make_problem
 from kl_rl.compare.text.reference import control, posterior_row
-from kl_rl.policy import Policy
-from kl_rl.posterior import Posterior
+from kl_rl.core.policy import Policy
+from kl_rl.core.posterior import Posterior
 from kl_rl.worlds.lexicon import default_reward, load_reward
 from kl_rl.worlds.text import load_text
 from kl_rl.worlds.text_base import RETURN_TOKENS

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kl_rl import numerics
+from kl_rl.core import numerics
 
 __all__ = [
     "Decoder",

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from kl_rl import numerics
-from kl_rl.policy import Policy, log_prob_of
-from kl_rl.sampler import generate
-from kl_rl.trajectories import Trajectories
-from kl_rl.transform import Transform, transformed
+from kl_rl.core import numerics
+from kl_rl.core.policy import Policy, log_prob_of
+from kl_rl.core.sampler import generate
+from kl_rl.core.trajectories import Trajectories
+from kl_rl.core.transform import Transform, transformed
 
 __all__ = ["prefix_values", "rollout", "sample", "score"]
 

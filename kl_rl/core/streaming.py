@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl.policy import Policy
-from kl_rl.sampler import Progress, begin, proceed
-from kl_rl.transform import Transform, check_transform
+from kl_rl.core.policy import Policy
+from kl_rl.core.sampler import Progress, begin, proceed
+from kl_rl.core.transform import Transform, check_transform
 
 __all__ = ["Completion", "bucket_length", "cache_bytes", "pad_prompts", "stream"]
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl.policy import Policy
+from kl_rl.core.policy import Policy
 
 __all__ = ["Evidence", "Interval", "Posterior", "Threshold", "Tilt", "check_temperature"]
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kl_rl import numerics
+from kl_rl.core import numerics
 
 __all__ = ["Transform", "check_transform", "transformed"]
 

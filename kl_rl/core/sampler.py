@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kl_rl import numerics
-from kl_rl.policy import Decoder, Policy
-from kl_rl.transform import Transform, check_transform, transformed
+from kl_rl.core import numerics
+from kl_rl.core.policy import Decoder, Policy
+from kl_rl.core.transform import Transform, check_transform, transformed
 
 __all__ = ["Generated", "Progress", "begin", "finish", "generate", "proceed", "reorder"]
 
