@@ -1,4 +1,3 @@
-from . import advantages as advantages
 from . import automaton as automaton
 from . import budget as budget
 from . import calibration as calibration
@@ -12,7 +11,6 @@ from . import fit as fit
 from . import flows as flows
 from . import hidden_markov as hidden_markov
 from . import huggingface as huggingface
-from . import kl as kl
 from . import models as models
 from . import objectives as objectives
 from . import plan as plan
@@ -25,7 +23,6 @@ from . import sharding as sharding
 from . import sources as sources
 from . import tokenizer as tokenizer
 from . import training as training
-from . import weights as weights
 from . import worlds as worlds
 from .algorithm import Algorithm as Algorithm
 from .algorithm import Info as Info

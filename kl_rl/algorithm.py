@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kl_rl import advantages, weights
 from kl_rl.core import numerics
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Evidence, Posterior, check_temperature
 from kl_rl.core.rollout import prefix_values, score
 from kl_rl.core.trajectories import Trajectories, check_trajectories
+from kl_rl.objectives import credit, weights
 from kl_rl.parts import map_parts, num_parts, value_and_grad
 
 __all__ = ["Algorithm", "Extra", "Info", "Scored", "State", "base_policy", "gradient_algorithm", "own_policy"]
@@ -151,7 +151,7 @@ def _scored(policy: Policy, twist: Policy | None, posterior: Posterior, seen: _S
     batch, log_evidence = seen.trajectories, posterior.evidence.log_evidence(seen.trajectories.reward)
     log_twist = None
     if twist is not None:
-        log_twist = advantages.terminal_twist(prefix_values(twist, batch), log_evidence, batch.mask)
+        log_twist = credit.terminal_twist(prefix_values(twist, batch), log_evidence, batch.mask)
     log_behaviour = numerics.multiply_no_nan(
         batch.log_behaviour, batch.action_mask.astype(batch.log_behaviour.dtype)
     )

@@ -329,9 +329,9 @@ def test_what_pads_the_tokens_does_not_matter(tiny):
 def test_advantages_count_what_the_environment_changes():
     """decay 1 is Monte Carlo: with an uncontrolled token in the middle the value's change there still counts."""
     value = jnp.array([0.0, 1.0, 3.0, 5.0])
-    found = kl_rl.advantages.generalized_advantage(jnp.zeros(3), value, jnp.ones(3), decay=1.0)
+    found = kl_rl.objectives.generalized_advantage(jnp.zeros(3), value, jnp.ones(3), decay=1.0)
     np.testing.assert_allclose(found, [5.0, 4.0, 2.0])
-    early = kl_rl.advantages.generalized_advantage(jnp.zeros(3), value, jnp.array([1.0, 1.0, 0.0]), decay=1.0)
+    early = kl_rl.objectives.generalized_advantage(jnp.zeros(3), value, jnp.array([1.0, 1.0, 0.0]), decay=1.0)
     np.testing.assert_allclose(early, [3.0, 2.0, 0.0])
 
 

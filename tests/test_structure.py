@@ -16,7 +16,7 @@ MODULES = sorted(p.relative_to(PACKAGE).with_suffix("").as_posix() for p in PACK
 
 # Lower number: further down. A module imports from its own layer or below; leaves are imported by leaves only.
 LAYERS = {
-    0: "core processes checksum strays  weights kl advantages objectives  samples".split(),
+    0: "core processes checksum strays  objectives  samples".split(),
     1: "      sources automaton hidden_markov parts".split(),
     2: "algorithm families fit pretrain".split(),
     3: "exact flows dynamic".split(),

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kl_rl.advantages import group_normalized, leave_one_out
 from kl_rl.core.sampler import _inverse
 from kl_rl.core.transform import Transform, transformed
-from kl_rl.weights import best_of_n
+from kl_rl.objectives.credit import group_normalized, leave_one_out
+from kl_rl.objectives.weights import best_of_n
 
 
 @pytest.mark.parametrize("size", [2, 3, 8, 10, 33])

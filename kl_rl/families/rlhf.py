@@ -8,11 +8,12 @@ from __future__ import annotations
 import jax
 import optax
 
-from kl_rl import advantages, objectives
+from kl_rl import objectives
 from kl_rl.algorithm import Algorithm, gradient_algorithm
 from kl_rl.core import numerics
 from kl_rl.core.policy import Policy
-from kl_rl.kl import k2
+from kl_rl.objectives import credit
+from kl_rl.objectives.kl import k2
 
 __all__ = ["grpo", "ppo", "reinforce"]
 
@@ -37,7 +38,7 @@ def reinforce(*, optimizer: optax.GradientTransformation, kl_weight: float = 1.0
 
     def loss(scored, evidence, extra):
         value = stop(scored.log_evidence - kl_weight * scored.log_ratio)
-        losses = objectives.score_function(scored.sequence_log_q, advantages.leave_one_out(value))
+        losses = objectives.score_function(scored.sequence_log_q, credit.leave_one_out(value))
         return losses, jax.numpy.ones_like(losses)
 
     return gradient_algorithm(loss, optimizer=optimizer, min_samples=2, soft_evidence=True)
@@ -73,7 +74,7 @@ def ppo(
     def loss(scored, evidence, extra):
         value = stop(scored.log_twist)
         token_reward = scored.log_base - scored.log_behaviour
-        advantage = advantages.generalized_advantage(token_reward, value, scored.live, decay=decay)
+        advantage = credit.generalized_advantage(token_reward, value, scored.live, decay=decay)
         target = advantage + value[..., :-1]
         error = numerics.masked_sum((scored.log_twist[..., :-1] - target) ** 2, scored.mask)
         surrogate = objectives.clipped_surrogate(
@@ -103,7 +104,7 @@ def grpo(*, optimizer: optax.GradientTransformation, clip: float = 0.2, epochs: 
     """
 
     def loss(scored, evidence, extra):
-        advantage = advantages.group_normalized(scored.reward)[..., None] / evidence.beta
+        advantage = credit.group_normalized(scored.reward)[..., None] / evidence.beta
         advantage = jax.numpy.broadcast_to(advantage, scored.log_q.shape)
         surrogate = objectives.clipped_surrogate(
             scored.log_q, scored.log_behaviour, advantage, scored.mask, clip=clip

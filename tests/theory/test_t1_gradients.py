@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from kl_rl import exact, kl, objectives, weights
-from kl_rl.advantages import leave_one_out
+from kl_rl import exact, objectives
+from kl_rl.objectives import kl, weights
+from kl_rl.objectives.credit import leave_one_out
 
 
 def close(actual, expected, rtol=1e-9):

@@ -7,8 +7,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 from kl_rl import dynamic, exact, objectives
-from kl_rl.advantages import terminal_twist
 from kl_rl.core.posterior import Threshold, Tilt
+from kl_rl.objectives.credit import terminal_twist
 
 divergence = jax.jit(exact.kl_divergence)
 expectation = jax.jit(exact.expectation)

@@ -1,0 +1,16 @@
+from . import kl as kl
+from . import weights as weights
+from .balance import log_variance as log_variance
+from .balance import path_consistency as path_consistency
+from .balance import subtrajectory_balance as subtrajectory_balance
+from .balance import trajectory_balance as trajectory_balance
+from .credit import generalized_advantage as generalized_advantage
+from .credit import group_normalized as group_normalized
+from .credit import leave_one_out as leave_one_out
+from .credit import terminal_twist as terminal_twist
+from .divergence import alpha_divergence as alpha_divergence
+from .likelihood import weighted_likelihood as weighted_likelihood
+from .on_policy import clipped_surrogate as clipped_surrogate
+from .on_policy import score_function as score_function
+from .preference import direct_preference as direct_preference
+from .preference import identity_preference as identity_preference
