@@ -65,7 +65,7 @@ def rl(config: Config) -> Program:
     import optax
 
     import kl_rl
-    from kl_rl.parts import in_parts
+    from kl_rl.methods.parts import in_parts
     from kl_rl.sharding import jit_step, place
 
     _, base = _base(config, config.vocab)
@@ -90,7 +90,7 @@ def dpo(config: Config) -> Program:
     import optax
 
     import kl_rl
-    from kl_rl.parts import in_parts
+    from kl_rl.methods.parts import in_parts
     from kl_rl.sharding import jit_step, place, place_batch
 
     _, base = _base(config, config.vocab)

@@ -18,7 +18,7 @@ def run_steps(shape):
     import optax
     from jax.experimental.multihost_utils import process_allgather
 
-    from kl_rl import families
+    from kl_rl import methods
     from kl_rl.core import rollout
     from kl_rl.core.posterior import Posterior, Tilt
     from kl_rl.core.trajectories import Trajectories
@@ -30,7 +30,7 @@ def run_steps(shape):
     weights = init_weights(jax.random.key(0), config, jnp.float64)
     base = decoder_policy(config, weights, execution)
     twist = decoder_twist(config, weights, execution, train_trunk=True)
-    algorithm = families.ppo(optimizer=optax.adam(1e-2, eps=1e-3), twist=twist, epochs=1)
+    algorithm = methods.ppo(optimizer=optax.adam(1e-2, eps=1e-3), twist=twist, epochs=1)
     mesh = make_mesh(*shape)
     both = (algorithm.init(base), Posterior(base, Tilt(0.5)))
     state, posterior = place(both, mesh)

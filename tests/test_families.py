@@ -9,12 +9,13 @@ import optax
 import pytest
 
 import kl_rl
-from kl_rl import exact, families, fit, sources
-from kl_rl.algorithm import Algorithm, Info, State
+from kl_rl import exact, methods
 from kl_rl.compare.reference import best_of_n_law
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior, Threshold, Tilt
 from kl_rl.core.rollout import rollout
+from kl_rl.methods import fit, sources
+from kl_rl.methods.algorithm import Algorithm, Info, State
 from kl_rl.models import constant_twist, table_twist
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -79,7 +80,7 @@ def heads(tiny, twist):
 
 def one_round(tiny, optimizer):
     """Expert iteration that never renews its frozen policy: best-of-n of p0."""
-    return families.expert_iteration(4.0, optimizer=optimizer, refresh=10**6)
+    return methods.expert_iteration(4.0, optimizer=optimizer, refresh=10**6)
 
 
 def balanced(family, twist, **options):
@@ -87,30 +88,30 @@ def balanced(family, twist, **options):
 
 
 def return_conditioned(tiny, optimizer):
-    return families.decision_transformer(optimizer=optimizer, edges=edges(tiny), first_token=tiny.vocab + 1)
+    return methods.decision_transformer(optimizer=optimizer, edges=edges(tiny), first_token=tiny.vocab + 1)
 
 
 # name: (constructor from (tiny, optimizer), evidence, law of the stated fixed point, twist kind)
 METHODS = {
-    "reinforce": (lambda t, o: families.reinforce(optimizer=o), Tilt(BETA), tilted, None),
-    "ppo": (lambda t, o: families.ppo(optimizer=o, **heads(t, "table")), Tilt(BETA), tilted, "table"),
-    "grpo": (lambda t, o: families.grpo(optimizer=o), Tilt(BETA), grpo_law, None),
-    "filtered": (lambda t, o: families.filtered(optimizer=o), Threshold(2.0), filtered_law, None),
-    "reward_weighted": (lambda t, o: families.reward_weighted(optimizer=o), Tilt(BETA), tilted, None),
-    "best_of_n": (lambda t, o: families.best_of_n(4.0, optimizer=o), Tilt(BETA), best_of_four, None),
+    "reinforce": (lambda t, o: methods.reinforce(optimizer=o), Tilt(BETA), tilted, None),
+    "ppo": (lambda t, o: methods.ppo(optimizer=o, **heads(t, "table")), Tilt(BETA), tilted, "table"),
+    "grpo": (lambda t, o: methods.grpo(optimizer=o), Tilt(BETA), grpo_law, None),
+    "filtered": (lambda t, o: methods.filtered(optimizer=o), Threshold(2.0), filtered_law, None),
+    "reward_weighted": (lambda t, o: methods.reward_weighted(optimizer=o), Tilt(BETA), tilted, None),
+    "best_of_n": (lambda t, o: methods.best_of_n(4.0, optimizer=o), Tilt(BETA), best_of_four, None),
     "expert_iteration": (one_round, Tilt(BETA), best_of_four, None),
-    "vargrad": (lambda t, o: families.vargrad(optimizer=o), Tilt(BETA), tilted, None),
-    "trajectory_balance": (balanced(families.trajectory_balance, "constant"), Tilt(BETA), tilted, "constant"),
+    "vargrad": (lambda t, o: methods.vargrad(optimizer=o), Tilt(BETA), tilted, None),
+    "trajectory_balance": (balanced(methods.trajectory_balance, "constant"), Tilt(BETA), tilted, "constant"),
     "subtrajectory_balance": (
-        balanced(families.subtrajectory_balance, "table", decay=0.9),
+        balanced(methods.subtrajectory_balance, "table", decay=0.9),
         Tilt(BETA),
         tilted,
         "table",
     ),
-    "path_consistency": (balanced(families.path_consistency, "table", window=2), Tilt(BETA), tilted, "table"),
-    "alpha_divergence": (lambda t, o: families.alpha_divergence(0.5, optimizer=o), Tilt(BETA), tilted, None),
-    "dpo": (lambda t, o: families.dpo(optimizer=o), Tilt(BETA), tilted, None),
-    "ipo": (lambda t, o: families.ipo(optimizer=o), Tilt(BETA), ipo_law, None),
+    "path_consistency": (balanced(methods.path_consistency, "table", window=2), Tilt(BETA), tilted, "table"),
+    "alpha_divergence": (lambda t, o: methods.alpha_divergence(0.5, optimizer=o), Tilt(BETA), tilted, None),
+    "dpo": (lambda t, o: methods.dpo(optimizer=o), Tilt(BETA), tilted, None),
+    "ipo": (lambda t, o: methods.ipo(optimizer=o), Tilt(BETA), ipo_law, None),
     "decision_transformer": (return_conditioned, Tilt(BETA), tilted, None),
 }
 
@@ -144,9 +145,8 @@ def at_fixed_point(name, tiny, optimizer):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_public_method_is_in_the_table(name):
-    functions = {
-        n for n in families.__all__ if "optimizer" in inspect.signature(getattr(families, n)).parameters
-    }
+    makes = lambda f: inspect.isfunction(f) and inspect.signature(f).return_annotation == "Algorithm"
+    functions = {n for n in methods.__all__ if makes(getattr(methods, n))} - {"gradient_algorithm"}
     assert functions == set(METHODS)
 
 
@@ -247,15 +247,15 @@ def test_decision_transformer_deploys_the_posterior_exactly(tiny):
     """With exact conditionals and exact return frequencies the mixture over return tokens is p* to rounding."""
     algorithm, state, evidence = at_fixed_point("decision_transformer", tiny, SGD)
     log_level = exact.level_log_prob(tiny.log_base, tiny.levels)
-    counts = families.conditioning.ReturnCounts(jnp.exp(log_level), log_level + tiny.levels.value / BETA)
+    counts = methods.ReturnCounts(jnp.exp(log_level), log_level + tiny.levels.value / BETA)
     learned = tiny.law(algorithm.deploy(state._replace(extra=counts), Posterior(tiny.base, evidence)))
     np.testing.assert_allclose(learned, tiny.tilt(BETA), rtol=1e-10)
 
 
 def test_return_priors(tiny):
-    counts = families.conditioning.ReturnCounts(jnp.array([4.0, 3.0, 2.0, 1.0, 0.0]), jnp.zeros(5))
-    np.testing.assert_array_equal(jnp.exp(families.greatest_return(counts, Tilt(1.0))), [0, 0, 0, 1, 0])
-    np.testing.assert_allclose(jnp.exp(families.top_quantile(0.2)(counts, Tilt(1.0))), [0, 0, 0.5, 0.5, 0])
+    counts = methods.ReturnCounts(jnp.array([4.0, 3.0, 2.0, 1.0, 0.0]), jnp.zeros(5))
+    np.testing.assert_array_equal(jnp.exp(methods.greatest_return(counts, Tilt(1.0))), [0, 0, 0, 1, 0])
+    np.testing.assert_allclose(jnp.exp(methods.top_quantile(0.2)(counts, Tilt(1.0))), [0, 0, 0.5, 0.5, 0])
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_one_sample_is_refused_where_two_are_needed(name, tiny):
 
 
 def test_a_filter_that_passes_nothing_changes_nothing(tiny):
-    algorithm = families.filtered(optimizer=SGD)
+    algorithm = methods.filtered(optimizer=SGD)
     batch = rollout(tiny.base, jax.random.key(0), tiny.prompt, tiny.reward_fn, num_samples=8, horizon=3)
     state = algorithm.init(tiny.base)
     new, info = algorithm.step(state, Posterior(tiny.base, Threshold(99.0)), batch)
@@ -286,7 +286,7 @@ def test_a_filter_that_passes_nothing_changes_nothing(tiny):
 
 
 def test_uncontrolled_tokens_carry_no_gradient(tiny):
-    algorithm = families.reinforce(optimizer=SGD)
+    algorithm = methods.reinforce(optimizer=SGD)
     batch = rollout(tiny.base, jax.random.key(0), tiny.prompt, tiny.reward_fn, num_samples=8, horizon=3)
     batch = batch._replace(controlled=batch.controlled.at[..., 1:].set(0))
     state = algorithm.init(tiny.base)
@@ -298,7 +298,7 @@ def test_uncontrolled_tokens_carry_no_gradient(tiny):
 
 def test_best_of_more_than_there_are_samples_is_refused(tiny):
     batch = rollout(tiny.base, jax.random.key(0), tiny.prompt, tiny.reward_fn, num_samples=4, horizon=3)
-    for method in (families.best_of_n, families.expert_iteration):
+    for method in (methods.best_of_n, methods.expert_iteration):
         algorithm = method(8, optimizer=SGD)
         with pytest.raises(ValueError, match="K >= 8"):
             algorithm.step(algorithm.init(tiny.base), Posterior(tiny.base, Tilt(1.0)), batch)
@@ -306,7 +306,7 @@ def test_best_of_more_than_there_are_samples_is_refused(tiny):
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, float("nan")])
 def test_a_temperature_that_is_not_positive_is_refused(beta, tiny):
-    algorithm = families.reinforce(optimizer=SGD)
+    algorithm = methods.reinforce(optimizer=SGD)
     batch = rollout(tiny.base, jax.random.key(0), tiny.prompt, tiny.reward_fn, num_samples=4, horizon=3)
     with pytest.raises(ValueError, match="beta must be positive"):
         algorithm.step(algorithm.init(tiny.base), Posterior(tiny.base, Tilt(beta)), batch)
@@ -314,7 +314,7 @@ def test_a_temperature_that_is_not_positive_is_refused(beta, tiny):
 
 def test_what_pads_the_tokens_does_not_matter(tiny):
     """-100 behind the mask, as other libraries pad, gives the same update as any id."""
-    algorithm = families.ppo(optimizer=SGD, **heads(tiny, "table"))
+    algorithm = methods.ppo(optimizer=SGD, **heads(tiny, "table"))
     batch = rollout(
         tiny.base, jax.random.key(0), tiny.prompt, tiny.reward_fn, num_samples=8, horizon=3, end=2
     )

@@ -7,9 +7,10 @@ import optax
 import pytest
 from test_families import METHODS, source_for
 
-from kl_rl import exact, fit
+from kl_rl import exact
 from kl_rl.checkpoint import Checkpoints
 from kl_rl.core.posterior import Posterior
+from kl_rl.methods import fit
 from kl_rl.oracle import as_numpyro
 from kl_rl.sharding import make_mesh, place
 

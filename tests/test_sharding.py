@@ -13,10 +13,11 @@ import numpy as np
 import optax
 import pytest
 
-from kl_rl import families
+from kl_rl import methods
 from kl_rl.core import rollout
 from kl_rl.core.posterior import Posterior, Tilt
 from kl_rl.core.trajectories import Trajectories
+from kl_rl.methods.parts import in_parts, value_and_grad
 from kl_rl.models import (
     Attention,
     DecoderConfig,
@@ -32,7 +33,6 @@ from kl_rl.models import (
     table_policy,
     table_twist,
 )
-from kl_rl.parts import in_parts, value_and_grad
 from kl_rl.sharding import (
     check_mesh,
     jit_step,
@@ -82,19 +82,19 @@ def batch_of(num_prompts=8, num_samples=2):
 
 # name: algorithm from (optimizer, a twist head); at least one of each family
 FAMILIES = {
-    "reinforce": lambda o, twist: families.reinforce(optimizer=o),
-    "ppo": lambda o, twist: families.ppo(optimizer=o, twist=twist),
-    "grpo": lambda o, twist: families.grpo(optimizer=o),
-    "best_of_n": lambda o, twist: families.best_of_n(2.0, optimizer=o),
-    "reward_weighted": lambda o, twist: families.reward_weighted(optimizer=o),
-    "expert_iteration": lambda o, twist: families.expert_iteration(2.0, optimizer=o, refresh=1),
-    "decision_transformer": lambda o, twist: families.decision_transformer(
+    "reinforce": lambda o, twist: methods.reinforce(optimizer=o),
+    "ppo": lambda o, twist: methods.ppo(optimizer=o, twist=twist),
+    "grpo": lambda o, twist: methods.grpo(optimizer=o),
+    "best_of_n": lambda o, twist: methods.best_of_n(2.0, optimizer=o),
+    "reward_weighted": lambda o, twist: methods.reward_weighted(optimizer=o),
+    "expert_iteration": lambda o, twist: methods.expert_iteration(2.0, optimizer=o, refresh=1),
+    "decision_transformer": lambda o, twist: methods.decision_transformer(
         optimizer=o, edges=jnp.asarray([-0.5, 0.5]), first_token=VOCAB
     ),
-    "trajectory_balance": lambda o, twist: families.trajectory_balance(optimizer=o, twist=constant_twist()),
-    "subtrajectory_balance": lambda o, twist: families.subtrajectory_balance(optimizer=o, twist=twist),
-    "alpha_divergence": lambda o, twist: families.alpha_divergence(0.5, optimizer=o),
-    "dpo": lambda o, twist: families.dpo(optimizer=o),
+    "trajectory_balance": lambda o, twist: methods.trajectory_balance(optimizer=o, twist=constant_twist()),
+    "subtrajectory_balance": lambda o, twist: methods.subtrajectory_balance(optimizer=o, twist=twist),
+    "alpha_divergence": lambda o, twist: methods.alpha_divergence(0.5, optimizer=o),
+    "dpo": lambda o, twist: methods.dpo(optimizer=o),
 }
 ONE_LAYER = {"llama": dataclasses.replace(LLAMA, layers=1), "gpt2": dataclasses.replace(GPT2, layers=1)}
 QUICK = {  # the default tests: every family once, both models, four meshes
@@ -198,7 +198,7 @@ def test_adapters_share_one_placed_base_that_is_never_donated():
     mesh = make_mesh(1, 2, 2)
     base = decoder_policy(ONE_LAYER["llama"], weights_of(ONE_LAYER["llama"]), QUICKLY)
     policy = lora_policy(base, jax.random.key(1), rank=2)
-    algorithm = families.reinforce(optimizer=optax.sgd(0.1))
+    algorithm = methods.reinforce(optimizer=optax.sgd(0.1))
     state, posterior, batch = place((algorithm.init(policy), Posterior(base, Tilt(1.0)), batch_of()), mesh)
     lent, own = jax.tree.leaves(state.policy.shared), jax.tree.leaves(posterior.base.params)
     assert all(a is b for a, b in zip(lent, own, strict=True))
@@ -282,7 +282,7 @@ def test_accumulation_needs_less_memory():
     batch, posterior = batch_of(num_prompts=256, num_samples=4), Posterior(base, Tilt(0.7))
 
     def temporary(optimizer):
-        algorithm = families.grpo(optimizer=optimizer)
+        algorithm = methods.grpo(optimizer=optimizer)
         lowered = jax.jit(algorithm.step).lower(algorithm.init(base), posterior, batch)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 

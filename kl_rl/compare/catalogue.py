@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kl_rl import families, sources
-from kl_rl.algorithm import Algorithm
+from kl_rl import methods
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Evidence, Threshold, Tilt
 from kl_rl.core.rollout import RewardFn
-from kl_rl.families.conditioning import ReturnPrior
-from kl_rl.parts import in_parts
-from kl_rl.sources import Source
+from kl_rl.methods import sources
+from kl_rl.methods.algorithm import Algorithm
+from kl_rl.methods.conditioning import ReturnPrior
+from kl_rl.methods.parts import in_parts
+from kl_rl.methods.sources import Source
 
 __all__ = ["CATALOGUE", "Context", "Method", "Setup", "methods_named"]
 
@@ -100,38 +101,38 @@ class Method(NamedTuple):
 
 
 def _reinforce(beta: Any, c: Context) -> Setup:
-    return Setup(families.reinforce(optimizer=c.optimizer()), Tilt(beta), c.fresh())
+    return Setup(methods.reinforce(optimizer=c.optimizer()), Tilt(beta), c.fresh())
 
 
 def _reinforce_free(beta: Any, c: Context) -> Setup:
-    return Setup(families.reinforce(optimizer=c.optimizer(), kl_weight=0.0), Tilt(beta), c.fresh())
+    return Setup(methods.reinforce(optimizer=c.optimizer(), kl_weight=0.0), Tilt(beta), c.fresh())
 
 
 def _ppo(beta: Any, c: Context) -> Setup:
     epochs = 2
-    algorithm = families.ppo(optimizer=c.optimizer(epochs=epochs), twist=c.twist, epochs=epochs)
+    algorithm = methods.ppo(optimizer=c.optimizer(epochs=epochs), twist=c.twist, epochs=epochs)
     return Setup(algorithm, Tilt(beta), c.fresh())
 
 
 def _grpo(beta: Any, c: Context) -> Setup:
-    return Setup(families.grpo(optimizer=c.optimizer()), Tilt(beta), c.fresh())
+    return Setup(methods.grpo(optimizer=c.optimizer()), Tilt(beta), c.fresh())
 
 
 def _filtered(tau: Any, c: Context) -> Setup:
-    return Setup(families.filtered(optimizer=c.optimizer()), Threshold(tau), c.fresh())
+    return Setup(methods.filtered(optimizer=c.optimizer()), Threshold(tau), c.fresh())
 
 
 def _best_of_n(n: Any, c: Context) -> Setup:
-    return Setup(families.best_of_n(n, optimizer=c.optimizer()), Tilt(jnp.inf), c.fresh())
+    return Setup(methods.best_of_n(n, optimizer=c.optimizer()), Tilt(jnp.inf), c.fresh())
 
 
 def _reward_weighted(beta: Any, c: Context) -> Setup:
-    return Setup(families.reward_weighted(optimizer=c.optimizer()), Tilt(beta), c.fresh())
+    return Setup(methods.reward_weighted(optimizer=c.optimizer()), Tilt(beta), c.fresh())
 
 
 def _reward_weighted_logged(beta: Any, c: Context) -> Setup:
     return Setup(
-        families.reward_weighted(optimizer=c.optimizer()),
+        methods.reward_weighted(optimizer=c.optimizer()),
         Tilt(beta),
         sources.logged(c.fresh(), size=c.data_size),
     )
@@ -140,27 +141,27 @@ def _reward_weighted_logged(beta: Any, c: Context) -> Setup:
 def _expert_iteration(n: Any, c: Context) -> Setup:
     refresh = max(1, c.steps // 3)
     return Setup(
-        families.expert_iteration(n, optimizer=c.optimizer(), refresh=refresh), Tilt(jnp.inf), c.fresh()
+        methods.expert_iteration(n, optimizer=c.optimizer(), refresh=refresh), Tilt(jnp.inf), c.fresh()
     )
 
 
 def _conditioning(beta: Any, c: Context, prior: ReturnPrior) -> Setup:
-    algorithm = families.decision_transformer(
+    algorithm = methods.decision_transformer(
         optimizer=c.optimizer(), edges=c.edges, first_token=c.first_token, return_prior=prior
     )
     return Setup(algorithm, Tilt(beta), c.fresh())
 
 
 def _decision_transformer(beta: Any, c: Context) -> Setup:
-    return _conditioning(beta, c, families.tilted_returns)
+    return _conditioning(beta, c, methods.tilted_returns)
 
 
 def _decision_transformer_max(beta: Any, c: Context) -> Setup:
-    return _conditioning(beta, c, families.greatest_return)
+    return _conditioning(beta, c, methods.greatest_return)
 
 
 def _quantile_tokens(fraction: Any, c: Context) -> Setup:
-    return _conditioning(jnp.inf, c, families.top_quantile(fraction))
+    return _conditioning(jnp.inf, c, methods.top_quantile(fraction))
 
 
 def _replayed(c: Context) -> Source:
@@ -168,31 +169,31 @@ def _replayed(c: Context) -> Source:
 
 
 def _vargrad(beta: Any, c: Context) -> Setup:
-    return Setup(families.vargrad(optimizer=c.optimizer()), Tilt(beta), _replayed(c))
+    return Setup(methods.vargrad(optimizer=c.optimizer()), Tilt(beta), _replayed(c))
 
 
 def _vargrad_logged(beta: Any, c: Context) -> Setup:
     return Setup(
-        families.vargrad(optimizer=c.optimizer()), Tilt(beta), sources.logged(c.fresh(), size=c.data_size)
+        methods.vargrad(optimizer=c.optimizer()), Tilt(beta), sources.logged(c.fresh(), size=c.data_size)
     )
 
 
 def _trajectory_balance(beta: Any, c: Context) -> Setup:
-    algorithm = families.trajectory_balance(
+    algorithm = methods.trajectory_balance(
         optimizer=c.optimizer(), twist=c.constant, twist_optimizer=c.optimizer(10.0)
     )
     return Setup(algorithm, Tilt(beta), _replayed(c))
 
 
 def _subtrajectory_balance(beta: Any, c: Context) -> Setup:
-    algorithm = families.subtrajectory_balance(
+    algorithm = methods.subtrajectory_balance(
         optimizer=c.optimizer(), twist=c.twist, decay=1.5, twist_optimizer=c.optimizer(2.0)
     )
     return Setup(algorithm, Tilt(beta), _replayed(c))
 
 
 def _path_consistency(beta: Any, c: Context) -> Setup:
-    algorithm = families.path_consistency(
+    algorithm = methods.path_consistency(
         optimizer=c.optimizer(), twist=c.twist, window=2, twist_optimizer=c.optimizer(2.0)
     )
     return Setup(algorithm, Tilt(beta), _replayed(c))
@@ -200,17 +201,17 @@ def _path_consistency(beta: Any, c: Context) -> Setup:
 
 def _alpha(alpha: float) -> Callable[[Any, Context], Setup]:
     def build(beta: Any, c: Context) -> Setup:
-        return Setup(families.alpha_divergence(alpha, optimizer=c.optimizer()), Tilt(beta), c.fresh())
+        return Setup(methods.alpha_divergence(alpha, optimizer=c.optimizer()), Tilt(beta), c.fresh())
 
     return build
 
 
 def _dpo(beta: Any, c: Context) -> Setup:
-    return Setup(families.dpo(optimizer=c.optimizer()), Tilt(beta), sources.comparisons(c.fresh()))
+    return Setup(methods.dpo(optimizer=c.optimizer()), Tilt(beta), sources.comparisons(c.fresh()))
 
 
 def _ipo(beta: Any, c: Context) -> Setup:
-    return Setup(families.ipo(optimizer=c.optimizer()), Tilt(beta), sources.comparisons(c.fresh()))
+    return Setup(methods.ipo(optimizer=c.optimizer()), Tilt(beta), sources.comparisons(c.fresh()))
 
 
 CATALOGUE: tuple[Method, ...] = (

@@ -8,9 +8,9 @@ from typing import TypeAlias
 
 import optax
 
-from kl_rl import families
-from kl_rl.algorithm import Algorithm
+from kl_rl import methods
 from kl_rl.core.policy import Policy
+from kl_rl.methods.algorithm import Algorithm
 
 __all__ = ["METHODS", "Method"]
 
@@ -36,13 +36,13 @@ class Method:
 
 def _ppo(optimizer: Optimizer, twist: Policy | None) -> Algorithm:
     assert twist is not None
-    return families.ppo(optimizer=optimizer, twist=twist, epochs=1)
+    return methods.ppo(optimizer=optimizer, twist=twist, epochs=1)
 
 
 METHODS: dict[str, Method] = {
     "rlhf": Method(_ppo, twist=True, min_samples=1),
-    "reinforce": Method(lambda optimizer, _: families.reinforce(optimizer=optimizer)),
-    "grpo": Method(lambda optimizer, _: families.grpo(optimizer=optimizer)),
-    "best-of-n": Method(lambda optimizer, _: families.best_of_n(2, optimizer=optimizer), samples_base=True),
-    "dpo": Method(lambda optimizer, _: families.dpo(optimizer=optimizer)),
+    "reinforce": Method(lambda optimizer, _: methods.reinforce(optimizer=optimizer)),
+    "grpo": Method(lambda optimizer, _: methods.grpo(optimizer=optimizer)),
+    "best-of-n": Method(lambda optimizer, _: methods.best_of_n(2, optimizer=optimizer), samples_base=True),
+    "dpo": Method(lambda optimizer, _: methods.dpo(optimizer=optimizer)),
 }

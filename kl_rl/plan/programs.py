@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from kl_rl.algorithm import Algorithm, State
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior, Tilt
 from kl_rl.core.rollout import sample
 from kl_rl.core.trajectories import Trajectories
+from kl_rl.methods.algorithm import Algorithm, State
+from kl_rl.methods.parts import in_parts
 from kl_rl.models.config import DecoderConfig, Execution
 from kl_rl.models.decoder import decoder_policy
 from kl_rl.models.lora import lora_policy
 from kl_rl.models.twist import decoder_twist
 from kl_rl.models.weights import init_weights
-from kl_rl.parts import in_parts
 from kl_rl.plan.methods import METHODS
 from kl_rl.plan.setting import Setting
 from kl_rl.sharding import jit_step, replicated, shardings

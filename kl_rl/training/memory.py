@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kl_rl.core.trajectories import Trajectories, take
-from kl_rl.sources import Source, comparisons
+from kl_rl.methods.sources import Source, comparisons
 
 __all__ = ["Memory", "Ring", "compared", "fresh", "given", "logged", "replay"]
 

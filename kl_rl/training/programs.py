@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kl_rl.algorithm import Algorithm, Info, State
 from kl_rl.compare.catalogue import Context, Method
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior
@@ -22,6 +21,7 @@ from kl_rl.core.rollout import score
 from kl_rl.core.sampler import generate
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.core.transform import Transform
+from kl_rl.methods.algorithm import Algorithm, Info, State
 from kl_rl.models import DecoderConfig, constant_twist
 from kl_rl.sharding import shardings
 from kl_rl.training.memory import Memory

@@ -18,7 +18,7 @@ import optax
 
 from kl_rl import models
 from kl_rl.core.policy import Policy, token_log_probs
-from kl_rl.pretrain import fit_likelihood
+from kl_rl.methods.likelihood import fit_likelihood
 from kl_rl.worlds.text import BadText, Corpus
 
 __all__ = ["BasePlan", "TextBase", "held_out_loss", "load_or_train", "train_base"]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl import fit, models
+from kl_rl import models
 from kl_rl.calibration import calibration_budget
 from kl_rl.compare.catalogue import Context, Method, methods_named
 from kl_rl.compare.text.knobs import sampled_knobs, tilt_to_mean
@@ -25,6 +25,7 @@ from kl_rl.compare.text.problem import TextPlan, TextProblem, make_problem
 from kl_rl.compare.text.reference import control, posterior_row
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior
+from kl_rl.methods import fit
 from kl_rl.worlds.lexicon import default_reward, load_reward
 from kl_rl.worlds.text import load_text
 from kl_rl.worlds.text_base import RETURN_TOKENS

@@ -9,9 +9,9 @@ import jax
 import optax
 
 from kl_rl import objectives
-from kl_rl.algorithm import Algorithm, gradient_algorithm
 from kl_rl.core import numerics
 from kl_rl.core.policy import Policy
+from kl_rl.methods.algorithm import Algorithm, gradient_algorithm
 from kl_rl.objectives import credit
 from kl_rl.objectives.kl import k2
 

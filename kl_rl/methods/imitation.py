@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from kl_rl import objectives
-from kl_rl.algorithm import Algorithm, Extra, State, base_policy, gradient_algorithm
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior
+from kl_rl.methods.algorithm import Algorithm, Extra, State, base_policy, gradient_algorithm
 from kl_rl.objectives import weights
 
 __all__ = ["best_of_n", "expert_iteration", "filtered", "reward_weighted"]

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from kl_rl import objectives
-from kl_rl.algorithm import Algorithm, gradient_algorithm
 from kl_rl.core.policy import Policy
+from kl_rl.methods.algorithm import Algorithm, gradient_algorithm
 
 __all__ = ["path_consistency", "subtrajectory_balance", "trajectory_balance", "vargrad"]
 

@@ -23,8 +23,8 @@ from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Evidence, Posterior, check_temperature
 from kl_rl.core.rollout import prefix_values, score
 from kl_rl.core.trajectories import Trajectories, check_trajectories
+from kl_rl.methods.parts import map_parts, num_parts, value_and_grad
 from kl_rl.objectives import credit, weights
-from kl_rl.parts import map_parts, num_parts, value_and_grad
 
 __all__ = ["Algorithm", "Extra", "Info", "Scored", "State", "base_policy", "gradient_algorithm", "own_policy"]
 
@@ -196,7 +196,7 @@ def gradient_algorithm(
     Args:
       loss: ``(scored, evidence, extra) -> (losses [P, K] or [P], weights [P, K])``; the mean of the losses is
         minimized, the weights only feed ``Info.ess``.
-      optimizer: for the policy's parameters; ``kl_rl.parts.in_parts`` of one adds up gradients over parts of a batch.
+      optimizer: for the policy's parameters; ``kl_rl.methods.in_parts`` of one adds up gradients over parts of a batch.
       behaviour: who draws the samples.
       deploy: the learned policy.
       prepare: applied to each batch first (relabelling, pairing); returns it with the prompts that p0 is to see.

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from kl_rl import objectives
-from kl_rl.algorithm import Algorithm, Extra, Scored, State, gradient_algorithm
 from kl_rl.core.trajectories import Trajectories
+from kl_rl.methods.algorithm import Algorithm, Extra, Scored, State, gradient_algorithm
 
 __all__ = ["alpha_divergence"]
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import optax
 
 from kl_rl import objectives
-from kl_rl.algorithm import Algorithm, base_policy, gradient_algorithm
 from kl_rl.core.trajectories import pairs
+from kl_rl.methods.algorithm import Algorithm, base_policy, gradient_algorithm
 
 __all__ = ["dpo", "ipo"]
 

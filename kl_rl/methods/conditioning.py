@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import optax
 
 from kl_rl import objectives
-from kl_rl.algorithm import Algorithm, Extra, Scored, State, base_policy, gradient_algorithm
 from kl_rl.core import numerics
 from kl_rl.core.policy import Policy, mixture
 from kl_rl.core.posterior import Evidence, Posterior
 from kl_rl.core.trajectories import Trajectories
+from kl_rl.methods.algorithm import Algorithm, Extra, Scored, State, base_policy, gradient_algorithm
 
 __all__ = ["ReturnCounts", "decision_transformer", "greatest_return", "tilted_returns", "top_quantile"]
 

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kl_rl.algorithm import Algorithm, Info, State
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior
-from kl_rl.sources import Source
+from kl_rl.methods.algorithm import Algorithm, Info, State
+from kl_rl.methods.sources import Source
 
 __all__ = ["Run", "advance", "start"]
 

@@ -1,0 +1,5 @@
+"""The solver: methods as expressions over objectives, behaviours and evidence, and the loop around them."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)
