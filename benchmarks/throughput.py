@@ -23,9 +23,9 @@ import numpy as np
 import optax
 
 import kl_rl
-from kl_rl import dynamic, models, worlds
-from kl_rl.automaton import Automaton
-from kl_rl.hidden_markov import HiddenMarkov
+from kl_rl import exact, models, worlds
+from kl_rl.exact.automaton import Automaton
+from kl_rl.exact.hidden_markov import HiddenMarkov
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _exponent(sizes, times) -> float:
 def dynamic_programming(config: Config) -> dict[str, float]:
     """Log Z at S = 16, V = 32: how its time grows with T and with the automaton's states."""
     solve = jax.jit(
-        lambda p, a, prompt, beta, horizon: dynamic.log_partition(p, a, prompt, horizon, beta),
+        lambda p, a, prompt, beta, horizon: exact.lattice_log_partition(p, a, prompt, horizon, beta),
         static_argnums=4,
     )
     prompt, beta = jnp.array([32]), jnp.asarray(1.0)

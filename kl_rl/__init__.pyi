@@ -1,13 +1,9 @@
-from . import automaton as automaton
 from . import budget as budget
 from . import calibration as calibration
 from . import checkpoint as checkpoint
 from . import core as core
 from . import data as data
-from . import dynamic as dynamic
 from . import exact as exact
-from . import flows as flows
-from . import hidden_markov as hidden_markov
 from . import huggingface as huggingface
 from . import methods as methods
 from . import models as models

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from kl_rl.core import numerics
-from kl_rl.exact import Levels, expectation, kl_divergence, level_log_prob
+from kl_rl.exact.enumeration import Levels, expectation, kl_divergence, level_log_prob
 
 __all__ = ["Budget", "budget", "conditional_js", "conditional_kl", "fit_tilt", "price", "undo_reward"]
 

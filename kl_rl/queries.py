@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kl_rl.exact import Enumeration
-from kl_rl.hidden_markov import HiddenMarkov
+from kl_rl.exact.enumeration import Enumeration
+from kl_rl.exact.hidden_markov import HiddenMarkov
 
 __all__ = [
     "Forecasts",

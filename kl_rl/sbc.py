@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import gammaincc
 
-from kl_rl.exact import Enumeration
+from kl_rl.exact.enumeration import Enumeration
 
 __all__ = ["SbcResult", "prefix_ranks", "rank_statistics", "sbc_prefix", "uniformity"]
 

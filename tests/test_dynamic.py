@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kl_rl import dynamic, worlds
-from kl_rl.automaton import Automaton, automaton_reward
+from kl_rl import exact, worlds
 from kl_rl.core import rollout
 from kl_rl.core.policy import sequence_log_prob
-from kl_rl.hidden_markov import HiddenMarkov
+from kl_rl.exact.automaton import Automaton, automaton_reward
+from kl_rl.exact.hidden_markov import HiddenMarkov
 
 # One compilation for each row: (generator arguments, prompt). Seeds vary the numbers only.
 SHAPES = {
@@ -102,13 +102,13 @@ def test_log_partition_moments_and_marginals_equal_brute_force(shape, seed, real
     for beta in (0.2, 1.3):
         log_z, log_star = posterior(log_prob, reward, beta)
         star = np.exp(log_star)
-        moments = dynamic.posterior_moments(*problem(world), beta, world.end)
+        moments = exact.posterior_moments(*problem(world), beta, world.end)
         expected = log_z, star @ reward, star @ (reward - star @ reward) ** 2, star @ (log_star - log_prob)
         np.testing.assert_allclose(np.array(moments), expected, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(
-            dynamic.log_partition(*problem(world), beta, world.end), log_z, rtol=1e-9, atol=1e-12
+            exact.lattice_log_partition(*problem(world), beta, world.end), log_z, rtol=1e-9, atol=1e-12
         )
-        marginals = dynamic.token_marginals(*problem(world), beta, world.end)
+        marginals = exact.token_marginals(*problem(world), beta, world.end)
         direct = np.einsum("n,ntv->tv", star, indicator(world, strings))
         np.testing.assert_allclose(marginals, direct, rtol=1e-9, atol=1e-14)
 
@@ -119,12 +119,12 @@ def test_the_reward_law_and_everything_given_a_reward_equal_brute_force(shape, s
     world = make(shape, seed)
     strings, log_prob, reward = brute_force(world)
     lattice = fixed_lattice(world)
-    law = np.exp(dynamic.reward_distribution(*problem(world), lattice, world.end))
+    law = np.exp(exact.reward_distribution(*problem(world), lattice, world.end))
     direct = [np.exp(log_prob[reward == value]).sum() for value in lattice.values]
     np.testing.assert_allclose(law, direct, rtol=1e-9, atol=1e-15)
     for level in (int(np.argmax(law)), int(np.flatnonzero(law)[-1])):
         given = np.where(reward == lattice.values[level], np.exp(log_prob), 0.0) / law[level]
-        marginals = dynamic.token_marginals_given_reward(*problem(world), lattice, level, world.end)
+        marginals = exact.token_marginals_given_reward(*problem(world), lattice, level, world.end)
         expected = np.einsum("n,ntv->tv", given, indicator(world, strings))
         np.testing.assert_allclose(marginals, expected, rtol=1e-9, atol=1e-14)
 
@@ -133,7 +133,7 @@ def fixed_lattice(world):
     """All scores that weights in {-1, 0, 1, 2} can give, so that shapes do not depend on the seed."""
     weight = np.asarray(world.automaton.weight)
     values = np.arange(-world.horizon, 2 * world.horizon + 1.0)
-    return dynamic.Lattice(values, weight.astype(np.int32), world.horizon)
+    return exact.Lattice(values, weight.astype(np.int32), world.horizon)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -143,7 +143,7 @@ def test_the_posterior_policy_is_the_posterior(shape, seed):
     strings, log_prob, reward = brute_force(world)
     tokens, mask = padded(world, strings)
     prompt = jnp.asarray(world.prompts)
-    policy = dynamic.posterior_policy(world.process, world.automaton, world.horizon, 0.6, world.end)
+    policy = exact.posterior_policy(world.process, world.automaton, world.horizon, 0.6, world.end)
     actual = jax.jit(sequence_log_prob)(policy, prompt, tokens, mask)
     np.testing.assert_allclose(actual, posterior(log_prob, reward, 0.6)[1], rtol=1e-9)
 
@@ -152,10 +152,10 @@ def test_the_reward_conditioned_policy_is_the_base_given_the_reward():
     world = make("markov-end-prompt", 1)
     strings, log_prob, reward = brute_force(world)
     tokens, mask = padded(world, strings)
-    lattice = dynamic.score_lattice(world.automaton, world.horizon, world.end)
+    lattice = exact.score_lattice(world.automaton, world.horizon, world.end)
     law = np.array([np.exp(log_prob[reward == value]).sum() for value in lattice.values])
     level = int(np.argmax(law))
-    policy = dynamic.reward_conditioned_policy(
+    policy = exact.reward_conditioned_policy(
         world.process, world.automaton, world.horizon, lattice, level, world.end
     )
     actual = np.exp(jax.jit(sequence_log_prob)(policy, jnp.asarray(world.prompts), tokens, mask))
@@ -165,7 +165,7 @@ def test_the_reward_conditioned_policy_is_the_base_given_the_reward():
 
 def test_decoder_and_forward_pass_of_the_posterior_agree():
     world = make("markov-end-prompt", 0)
-    policy = dynamic.posterior_policy(world.process, world.automaton, world.horizon, 0.5, world.end)
+    policy = exact.posterior_policy(world.process, world.automaton, world.horizon, 0.5, world.end)
     prompt = jnp.asarray(world.prompts)
     draw = jax.jit(rollout.sample, static_argnames=("num_samples", "horizon", "end"))
     tokens, mask, log_probs = draw(
@@ -179,7 +179,7 @@ def test_decoder_and_forward_pass_of_the_posterior_agree():
 
 def test_a_posterior_policy_refuses_strings_beyond_its_horizon():
     world = make("hmm", 0)
-    policy = dynamic.posterior_policy(world.process, world.automaton, 2, 1.0)
+    policy = exact.posterior_policy(world.process, world.automaton, 2, 1.0)
     with pytest.raises(ValueError, match="computed for a horizon of 2: build the policy with a longer"):
         policy.logits(jnp.asarray(world.prompts), jnp.zeros((1, 3), jnp.int32))
 
@@ -188,7 +188,7 @@ def test_samples_of_the_posterior_have_its_law_and_carry_their_log_probability()
     world = make("markov-end-prompt", 2)
     _, log_prob, reward = brute_force(world)
     log_star = posterior(log_prob, reward, 0.8)[1]
-    sample = dynamic.sample_posterior(jax.random.key(1), *problem(world), 0.8, 4000, world.end)
+    sample = exact.sample_posterior(jax.random.key(1), *problem(world), 0.8, 4000, world.end)
     index = numbers(world, *sample[:2])
     np.testing.assert_allclose(sample[2], log_star[index], rtol=1e-9)
     assert_frequencies(index, np.exp(log_star))
@@ -197,19 +197,19 @@ def test_samples_of_the_posterior_have_its_law_and_carry_their_log_probability()
 def test_samples_given_a_reward_have_the_base_law_inside_the_level():
     world = make("markov-end-prompt", 3)
     _, log_prob, reward = brute_force(world)
-    lattice = dynamic.score_lattice(world.automaton, world.horizon, world.end)
+    lattice = exact.score_lattice(world.automaton, world.horizon, world.end)
     sizes = [np.sum(reward == value) for value in lattice.values]
     level = int(np.argmax(sizes))
     given = np.where(reward == lattice.values[level], np.exp(log_prob), 0.0)
     given /= given.sum()
     key = jax.random.key(2)
-    sample = dynamic.sample_given_reward(key, *problem(world), lattice, level, 4000, world.end)
+    sample = exact.sample_given_reward(key, *problem(world), lattice, level, 4000, world.end)
     index = numbers(world, *sample[:2])
     np.testing.assert_allclose(np.exp(sample[2]), given[index], rtol=1e-9)
     assert_frequencies(index, given)
     outside = [k for k, size in enumerate(sizes) if size == 0]
     for empty in outside[:1]:
-        sample = dynamic.sample_given_reward(key, *problem(world), lattice, empty, 4000, world.end)
+        sample = exact.sample_given_reward(key, *problem(world), lattice, empty, 4000, world.end)
         assert jnp.all(jnp.isnan(sample[2]))
 
 
@@ -219,13 +219,13 @@ def test_entropies_exact_for_markov_chains_bounded_and_estimated_otherwise(shape
     _, log_prob, reward = brute_force(world)
     for beta, log_star in ((jnp.inf, log_prob), (0.9, posterior(log_prob, reward, 0.9)[1])):
         truth = -np.exp(log_star) @ log_star
-        paths = float(dynamic.path_entropy(*problem(world), beta, world.end))
-        if dynamic.is_unifilar(world.process):
+        paths = float(exact.path_entropy(*problem(world), beta, world.end))
+        if exact.is_unifilar(world.process):
             assert paths == pytest.approx(truth, rel=1e-9)
         else:
             assert paths > truth
         values = np.asarray(
-            dynamic.sampled_entropies(jax.random.key(3), *problem(world), beta, 2000, world.end)
+            exact.sampled_entropies(jax.random.key(3), *problem(world), beta, 2000, world.end)
         )
         assert abs(values.mean() - truth) < 4 * values.std() / np.sqrt(len(values))
 
@@ -238,24 +238,24 @@ def test_unifilar_is_exactly_when_tokens_determine_the_path():
 
     rows = [[0.5, 0.5], [0.5, 0.5]]
     tables = [[0.5, 0.5], rows, [rows, rows]]
-    assert dynamic.is_unifilar(process("ngram", order=3, tables=tables))
-    assert dynamic.is_unifilar(process("ngram", order=1, tables=tables[:1]))
-    assert dynamic.is_unifilar(process("hmm", initial=[1, 0], transition=[[0, 1], [1, 0]], emission=rows))
-    assert not dynamic.is_unifilar(
+    assert exact.is_unifilar(process("ngram", order=3, tables=tables))
+    assert exact.is_unifilar(process("ngram", order=1, tables=tables[:1]))
+    assert exact.is_unifilar(process("hmm", initial=[1, 0], transition=[[0, 1], [1, 0]], emission=rows))
+    assert not exact.is_unifilar(
         process("hmm", initial=[0.5, 0.5], transition=[[0, 1], [1, 0]], emission=rows)
     )
-    assert not dynamic.is_unifilar(process("hmm", initial=[1, 0], transition=rows, emission=rows))
+    assert not exact.is_unifilar(process("hmm", initial=[1, 0], transition=rows, emission=rows))
 
 
 def test_twists_are_the_expected_future_evidence_of_every_state():
     world = make("markov-end-prompt", 1, real=True)
-    twists = dynamic.log_twists(world.process, world.automaton, world.horizon, 0.7, world.end)
+    twists = exact.log_twists(world.process, world.automaton, world.horizon, 0.7, world.end)
     assert twists.shape == (world.horizon + 1, 3, 3)
     np.testing.assert_array_equal(twists[-1], np.zeros((3, 3)))
     for hidden, state in itertools.product(range(3), range(3)):
         initial = jnp.log(jnp.zeros(3).at[hidden].set(1.0))
         sub = world.process._replace(log_initial=initial), world.automaton._replace(start=jnp.int32(state))
-        log_z = dynamic.log_partition(*sub, jnp.asarray([3]), 3, 0.7, world.end)
+        log_z = exact.lattice_log_partition(*sub, jnp.asarray([3]), 3, 0.7, world.end)
         assert float(twists[1, hidden, state]) == pytest.approx(float(log_z), rel=1e-12)
 
 
@@ -266,7 +266,7 @@ def test_a_new_temperature_does_not_retrace_and_a_sweep_is_one_vmap():
     @jax.jit
     def solve(process, automaton, prompt, beta):
         traces.append(beta)
-        return dynamic.log_partition(process, automaton, prompt, world.horizon, beta)
+        return exact.lattice_log_partition(process, automaton, prompt, world.horizon, beta)
 
     arguments = problem(world)[:3]
     single = [float(solve(*arguments, beta)) for beta in (0.1, 0.5, 2.0)]
@@ -282,11 +282,11 @@ def test_batches_of_prompts_equal_single_prompts():
     world = worlds.generate_world(5, vocab=3, horizon=3, states=2, prompts=[[], [0, 2]])
     prompts = jnp.asarray(world.prompts)
     arguments = world.process, world.automaton
-    lattice = dynamic.score_lattice(world.automaton, 3)
-    both = dynamic.log_partition(*arguments, prompts, 3, 0.5)
-    single = [dynamic.log_partition(*arguments, prompt, 3, 0.5) for prompt in prompts]
+    lattice = exact.score_lattice(world.automaton, 3)
+    both = exact.lattice_log_partition(*arguments, prompts, 3, 0.5)
+    single = [exact.lattice_log_partition(*arguments, prompt, 3, 0.5) for prompt in prompts]
     np.testing.assert_allclose(both, single, rtol=1e-12)
-    laws = dynamic.reward_distribution(*arguments, prompts, 3, lattice)
+    laws = exact.reward_distribution(*arguments, prompts, 3, lattice)
     np.testing.assert_allclose(jax.nn.logsumexp(laws + lattice.values[None] / 0.5, axis=1), both, rtol=1e-12)
 
 
@@ -299,10 +299,10 @@ def test_small_temperatures_find_the_best_string_even_behind_impossible_transiti
             for x in (np.array([1.0, 0.0]), np.eye(2), np.array([[0.5, 0.5], [0.9, 0.1]]))
         ]
     automaton = Automaton(jnp.int32(0), jnp.zeros((1, 2), jnp.int32), jnp.asarray([[-5.0, 3.0]]))
-    log_z = dynamic.log_partition(HiddenMarkov(*tables), automaton, jnp.asarray([2]), 4, 1e-3)
+    log_z = exact.lattice_log_partition(HiddenMarkov(*tables), automaton, jnp.asarray([2]), 4, 1e-3)
     assert float(log_z) == pytest.approx(12000 + 4 * np.log(0.5), rel=1e-12)
     still = HiddenMarkov(tables[0], jnp.log(jnp.asarray(swap)), tables[2])
-    log_z = dynamic.log_partition(still, automaton, jnp.asarray([2]), 4, 1e-3)
+    log_z = exact.lattice_log_partition(still, automaton, jnp.asarray([2]), 4, 1e-3)
     assert float(log_z) == pytest.approx(12000 + 2 * np.log(0.05), rel=1e-12)
 
 
@@ -310,10 +310,10 @@ def test_gradients_survive_zero_probabilities():
     spec = {"kind": "markov", "initial": [1, 0], "transition": [[0.5, 0.5], [0, 1]]}
     reward = {"kind": "motif_count", "motif": [0, 1]}
     world = worlds.parse_world({"base": spec, "reward": reward, "horizon": 3})
-    lattice = dynamic.score_lattice(world.automaton, 3)
-    marginals = dynamic.token_marginals_given_reward(*problem(world), lattice, 1)
+    lattice = exact.score_lattice(world.automaton, 3)
+    marginals = exact.token_marginals_given_reward(*problem(world), lattice, 1)
     np.testing.assert_allclose(marginals, [[1, 0], [1 / 3, 2 / 3], [0, 1]], atol=1e-12)
-    unreachable = dynamic.token_marginals_given_reward(*problem(world), lattice, 2)
+    unreachable = exact.token_marginals_given_reward(*problem(world), lattice, 2)
     np.testing.assert_array_equal(unreachable, np.zeros((3, 2)))
 
 
@@ -337,7 +337,7 @@ def automaton_of(weight):
     ],
 )
 def test_the_score_lattice_is_the_coarsest(weight, end, values):
-    lattice = dynamic.score_lattice(automaton_of([weight]), 3, end)
+    lattice = exact.score_lattice(automaton_of([weight]), 3, end)
     np.testing.assert_allclose(lattice.values, values, rtol=1e-12, atol=1e-12)
 
 
@@ -345,15 +345,15 @@ def test_the_score_lattice_ignores_states_that_cannot_be_reached():
     automaton = Automaton(
         jnp.int32(0), jnp.asarray([[0, 0], [1, 0]]), jnp.asarray([[0.0, 1.0], [np.pi, np.e]])
     )
-    np.testing.assert_array_equal(dynamic.score_lattice(automaton, 2).values, [0, 1, 2])
+    np.testing.assert_array_equal(exact.score_lattice(automaton, 2).values, [0, 1, 2])
 
 
 @pytest.mark.parametrize(
     ("weight", "end"), [([1, np.pi, np.e], None), ([1, np.pi], 0), ([0, 1e-3, 10], None)]
 )
 def test_weights_without_a_coarse_unit_have_no_lattice(weight, end):
-    with pytest.raises(dynamic.NoLattice, match=r"at most 100 points .* round the weights, enumerate"):
-        dynamic.score_lattice(automaton_of([weight]), 3, end, limit=100)
+    with pytest.raises(exact.NoLattice, match=r"at most 100 points .* round the weights, enumerate"):
+        exact.score_lattice(automaton_of([weight]), 3, end, limit=100)
 
 
 def test_a_world_of_sixteen_states_thirty_two_tokens_and_sixty_four_steps():
@@ -365,13 +365,11 @@ def test_a_world_of_sixteen_states_thirty_two_tokens_and_sixty_four_steps():
         jnp.int32(0), following, jnp.asarray(rng.integers(0, 2, size=(64, 32)), jnp.float64)
     )
     prompt = jnp.asarray([32])
-    lattice = dynamic.score_lattice(automaton, 64)
-    log_law = dynamic.reward_distribution(process, automaton, prompt, 64, lattice)
-    log_z = dynamic.log_partition(process, automaton, prompt, 64, 4.0)
+    lattice = exact.score_lattice(automaton, 64)
+    log_law = exact.reward_distribution(process, automaton, prompt, 64, lattice)
+    log_z = exact.lattice_log_partition(process, automaton, prompt, 64, 4.0)
     assert float(log_z) == pytest.approx(float(jax.nn.logsumexp(log_law + lattice.values / 4.0)), rel=1e-9)
-    tokens, _, log_star = dynamic.sample_posterior(
-        jax.random.key(0), process, automaton, prompt, 64, 4.0, 500
-    )
+    tokens, _, log_star = exact.sample_posterior(jax.random.key(0), process, automaton, prompt, 64, 4.0, 500)
     assert tokens.shape == (500, 64) and bool(jnp.all(jnp.isfinite(log_star)))
     reward = np.asarray(automaton_reward(automaton, prompt[None], tokens, jnp.ones(tokens.shape)))
     star = jax.nn.softmax(log_law + lattice.values / 4.0)

@@ -10,7 +10,7 @@ import pytest
 
 from kl_rl.core import posterior, rollout
 from kl_rl.core.trajectories import check_trajectories
-from kl_rl.worlds import luck, luck_play
+from kl_rl.exact import luck, luck_play
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -13,7 +13,7 @@ from kl_rl import budget, exact, queries, scores
 from kl_rl.compare.extras import measure_extras
 from kl_rl.compare.problem import Problem, exact_law, normalized
 from kl_rl.compare.reference import best_of_n_law
-from kl_rl.hidden_markov import HiddenMarkov
+from kl_rl.exact.hidden_markov import HiddenMarkov
 from kl_rl.worlds import parse_world
 
 within = jax.jit(budget.conditional_kl)

@@ -17,9 +17,9 @@ MODULES = sorted(p.relative_to(PACKAGE).with_suffix("").as_posix() for p in PACK
 # Lower number: further down. A module imports from its own layer or below; leaves are imported by leaves only.
 LAYERS = {
     0: "core processes checksum strays  objectives  samples".split(),
-    1: "      automaton hidden_markov".split(),
+    1: "      ".split(),
     2: "methods".split(),
-    3: "exact flows dynamic".split(),
+    3: "exact".split(),
     4: "budget calibration scores queries sbc".split(),
     5: "models worlds sharding checkpoint oracle huggingface tokenizer data session training plan compare cli".split()
     + ["__main__", "__init__"],

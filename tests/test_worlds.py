@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kl_rl import exact, worlds
+from kl_rl.core.trajectories import completion_mask
 from kl_rl.worlds.enumeration import walk_strings
 
 MARKOV = {
@@ -36,7 +37,7 @@ def changed(path, value):
 def scores(world, strings, prompt=None):
     """Rewards of a list of equally long strings."""
     tokens = jnp.asarray(strings, jnp.int32)
-    mask = jnp.ones(tokens.shape) if world.end is None else exact.completion_mask(tokens, world.end)
+    mask = jnp.ones(tokens.shape) if world.end is None else completion_mask(tokens, world.end)
     row = world.prompts[0] if prompt is None else prompt
     return np.asarray(world.reward(jnp.asarray(row)[None], tokens, mask))
 

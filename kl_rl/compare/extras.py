@@ -19,7 +19,7 @@ import numpy as np
 from kl_rl import queries, sbc, scores
 from kl_rl.budget import undo_reward
 from kl_rl.compare.problem import Problem, normalized
-from kl_rl.exact import Levels
+from kl_rl.exact.enumeration import Levels
 
 __all__ = ["measure_extras"]
 

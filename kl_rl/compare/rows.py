@@ -11,7 +11,7 @@ import numpy as np
 
 from kl_rl.budget import Budget, budget
 from kl_rl.compare.problem import Problem
-from kl_rl.exact import Levels
+from kl_rl.exact.enumeration import Levels
 
 __all__ = ["exact_budgets", "sampled_interval"]
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl.hidden_markov import HiddenMarkov
+from kl_rl.exact.hidden_markov import HiddenMarkov
 from kl_rl.worlds.schema import kinds
 from kl_rl.worlds.validation import Field, check_keys, distribution, integer, items, stochastic_table
 

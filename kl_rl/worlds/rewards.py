@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl.automaton import Automaton
+from kl_rl.exact.automaton import Automaton
 from kl_rl.worlds.schema import kinds
 from kl_rl.worlds.validation import Field, check_keys, integer, items, number, number_table, token_list
 

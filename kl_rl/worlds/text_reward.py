@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl.automaton import Automaton, automaton_reward
+from kl_rl.exact.automaton import Automaton, automaton_reward
 
 __all__ = [
     "FINEST",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl import dynamic
+from kl_rl import exact
 from kl_rl.core.estimate import Estimate, mean_estimate
 from kl_rl.worlds.enumeration import Leaves, walk_strings
 from kl_rl.worlds.world import World
@@ -157,9 +157,9 @@ def solve_by_dynamic_programming(
     """
     try:
         levels = _level_law(world, prompt)
-    except dynamic.NoLattice as error:
+    except exact.NoLattice as error:
         levels, note = None, str(error)
-    small = world.num_strings <= ENUMERATION_LIMIT and not dynamic.is_unifilar(world.process)
+    small = world.num_strings <= ENUMERATION_LIMIT and not exact.is_unifilar(world.process)
     leaves = walk_strings(world, prompt) if small else None
     base_entropy = _entropy(world, prompt, math.inf, leaves)
     entries = []
@@ -183,8 +183,8 @@ def _level_law(world: World, prompt: np.ndarray) -> Levels:
     """The exact law of the score under p0, on its lattice."""
     states, vocab = world.automaton.next.shape
     limit = _GRAPH_LIMIT // (world.process.log_initial.shape[0] * (states + 1) * vocab)
-    lattice = dynamic.score_lattice(world.automaton, world.horizon, world.end, limit=max(1, min(4096, limit)))
-    law = dynamic.reward_distribution(
+    lattice = exact.score_lattice(world.automaton, world.horizon, world.end, limit=max(1, min(4096, limit)))
+    law = exact.reward_distribution(
         world.process, world.automaton, jnp.asarray(prompt), world.horizon, lattice, world.end
     )
     log_prob = np.asarray(law, np.float64)
@@ -205,8 +205,8 @@ def _level_moments(levels: Levels, beta: float) -> dict[str, float]:
 
 def _moments(world: World, prompt: np.ndarray, beta: float) -> dict[str, float]:
     problem = world.process, world.automaton, jnp.asarray(prompt), world.horizon
-    base = dynamic.posterior_moments(*problem, math.inf, world.end)
-    tilted = dynamic.posterior_moments(*problem, beta, world.end)
+    base = exact.posterior_moments(*problem, math.inf, world.end)
+    tilted = exact.posterior_moments(*problem, beta, world.end)
     return {
         "log_z": float(tilted.log_z),
         "reward_mean_p0": float(base.reward_mean),
@@ -218,10 +218,10 @@ def _moments(world: World, prompt: np.ndarray, beta: float) -> dict[str, float]:
 def _entropy(world: World, prompt: np.ndarray, beta: float, leaves: Leaves | None) -> Estimate:
     """Entropy of p* (of p0 for beta = inf): exact with stderr 0 if possible, else a mean over samples."""
     problem = world.process, world.automaton, jnp.asarray(prompt), world.horizon
-    if dynamic.is_unifilar(world.process):
-        return Estimate(max(0.0, float(dynamic.path_entropy(*problem, beta, world.end))), 0.0, math.inf)
+    if exact.is_unifilar(world.process):
+        return Estimate(max(0.0, float(exact.path_entropy(*problem, beta, world.end))), 0.0, math.inf)
     if leaves is not None:
         log_prob = leaves.log_prob if beta == math.inf else tilt(leaves.log_prob, leaves.score, beta).log_prob
         return Estimate(entropy(log_prob), 0.0, math.inf)
     key = jax.random.key(0)
-    return mean_estimate(np.asarray(dynamic.sampled_entropies(key, *problem, beta, _SAMPLES, world.end)))
+    return mean_estimate(np.asarray(exact.sampled_entropies(key, *problem, beta, _SAMPLES, world.end)))

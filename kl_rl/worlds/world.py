@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from kl_rl.automaton import Automaton, automaton_reward
 from kl_rl.core.policy import Policy
-from kl_rl.hidden_markov import HiddenMarkov, hidden_markov_policy
+from kl_rl.exact.automaton import Automaton, automaton_reward
+from kl_rl.exact.hidden_markov import HiddenMarkov, hidden_markov_policy
 from kl_rl.worlds.processes import Probabilities, impossible_token, parse_base, to_hidden_markov
 from kl_rl.worlds.rewards import Table, parse_reward, to_automaton
 from kl_rl.worlds.schema import MAX_HORIZON, schema

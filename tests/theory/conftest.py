@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from kl_rl import exact
-from kl_rl.automaton import Automaton, automaton_reward
 from kl_rl.core.policy import Policy
-from kl_rl.hidden_markov import HiddenMarkov, hidden_markov_policy
+from kl_rl.exact.automaton import Automaton, automaton_reward
+from kl_rl.exact.hidden_markov import HiddenMarkov, hidden_markov_policy
 from kl_rl.models.tables import table_policy
 
 

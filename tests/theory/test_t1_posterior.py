@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from kl_rl import dynamic, exact, objectives
+from kl_rl import exact, objectives
 from kl_rl.core.posterior import Threshold, Tilt
 from kl_rl.objectives.credit import terminal_twist
 
@@ -94,7 +94,7 @@ def test_kl_of_the_tilt_three_ways(tiny):
 
 @pytest.mark.theorem("T1.2")
 def test_moments_by_dynamic_programming(tiny):
-    moments = dynamic.posterior_moments(
+    moments = exact.posterior_moments(
         tiny.process, tiny.automaton, tiny.prompt, tiny.horizon, tiny.beta, tiny.end
     )
     mean = expectation(tiny.log_posterior, tiny.reward)
@@ -133,12 +133,12 @@ def test_twists_by_dynamic_programming(tiny, prefixes):
     """The library's backward messages start at log Z, and its twisted policy is p*."""
     twist, _, _ = optimal_twist(tiny, prefixes)
     problem = (tiny.process, tiny.automaton)
-    messages = dynamic.log_twists(*problem, tiny.horizon, tiny.beta, tiny.end)
+    messages = exact.log_twists(*problem, tiny.horizon, tiny.beta, tiny.end)
     first = np.exp(tiny.process.log_initial) @ np.exp(messages[0, :, 0])
     assert_allclose(np.log(first), twist[0, 0], rtol=1e-10)
-    log_z = dynamic.log_partition(*problem, tiny.prompt, tiny.horizon, tiny.beta, tiny.end)
+    log_z = exact.lattice_log_partition(*problem, tiny.prompt, tiny.horizon, tiny.beta, tiny.end)
     assert_allclose(log_z, twist[0, 0], rtol=1e-10)
-    policy = dynamic.posterior_policy(*problem, tiny.horizon, tiny.beta, tiny.end)
+    policy = exact.posterior_policy(*problem, tiny.horizon, tiny.beta, tiny.end)
     log_q = jax.jit(exact.log_prob)(policy, tiny.prompt, tiny.strings)
     assert_allclose(log_q, tiny.log_posterior, rtol=1e-9, atol=1e-12)
 

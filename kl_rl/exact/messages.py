@@ -1,4 +1,4 @@
-"""Backward messages over hidden state times automaton state: the recursion behind `kl_rl.dynamic`.
+"""Backward messages over hidden state times automaton state: the recursion behind `lattice_log_partition`.
 
 The law given a reward level is the same computation on an automaton that also counts down the score still
 owed.
@@ -11,10 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kl_rl.automaton import Automaton, run
 from kl_rl.core import numerics
-from kl_rl.dynamic.lattice import Lattice
-from kl_rl.hidden_markov import HiddenMarkov, belief_after
+from kl_rl.exact.automaton import Automaton, run
+from kl_rl.exact.hidden_markov import HiddenMarkov, belief_after
+from kl_rl.exact.lattice import Lattice
 
 __all__ = [
     "Graph",

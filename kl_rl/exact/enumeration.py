@@ -76,7 +76,7 @@ def enumerate_strings(
     if size > limit:
         raise ValueError(
             f"{vocab}**{horizon} = {size} strings are too many to enumerate (limit {limit}): "
-            "use dynamic programming (kl_rl.dynamic, or `kl-rl exact --method dp`) or a shorter horizon"
+            "use dynamic programming (kl_rl.exact, or `kl-rl exact --method dp`) or a shorter horizon"
         )
 
     def grid(length: int) -> np.ndarray:

@@ -10,14 +10,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kl_rl.automaton import Automaton, automaton_reward
 from kl_rl.core import numerics
 from kl_rl.core.policy import sequence_log_prob
 from kl_rl.core.trajectories import completion_mask
-from kl_rl.dynamic.lattice import Lattice
-from kl_rl.dynamic.messages import Graph, backward, counting_graph, log_evidence, start, tilted_graph
-from kl_rl.dynamic.policies import posterior_policy
-from kl_rl.hidden_markov import HiddenMarkov, hidden_markov_policy
+from kl_rl.exact.automaton import Automaton, automaton_reward
+from kl_rl.exact.hidden_markov import HiddenMarkov, hidden_markov_policy
+from kl_rl.exact.lattice import Lattice
+from kl_rl.exact.messages import Graph, backward, counting_graph, log_evidence, start, tilted_graph
+from kl_rl.exact.policies import posterior_policy
 
 __all__ = ["sample_given_reward", "sample_posterior", "sampled_entropies"]
 

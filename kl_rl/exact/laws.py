@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl.automaton import Automaton
-from kl_rl.dynamic.lattice import Lattice
-from kl_rl.dynamic.messages import backward, counting_graph, log_evidence, start, tilted_graph
-from kl_rl.hidden_markov import HiddenMarkov
+from kl_rl.exact.automaton import Automaton
+from kl_rl.exact.hidden_markov import HiddenMarkov
+from kl_rl.exact.lattice import Lattice
+from kl_rl.exact.messages import backward, counting_graph, log_evidence, start, tilted_graph
 
 __all__ = [
     "Moments",
     "is_unifilar",
-    "log_partition",
+    "lattice_log_partition",
     "log_twists",
     "path_entropy",
     "posterior_moments",
@@ -61,7 +61,7 @@ def log_twists(
 
 
 @_jit
-def log_partition(
+def lattice_log_partition(
     process: HiddenMarkov,
     automaton: Automaton,
     prompt: jax.Array,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from kl_rl.core import numerics
 from kl_rl.core.policy import Policy
 from kl_rl.core.trajectories import Trajectories
-from kl_rl.worlds.luck import Game, Plan, game_return
+from kl_rl.exact.luck import Game, Plan, game_return
 
 __all__ = ["action_policy", "plan_policy", "play"]
 

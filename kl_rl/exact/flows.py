@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kl_rl.core import numerics
-from kl_rl.exact import expectation
+from kl_rl.exact.enumeration import expectation
 
 __all__ = ["natural_gradient_flow", "vanilla_gradient_flow"]
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kl_rl.automaton import Automaton
 from kl_rl.core.policy import Decoder, Policy
-from kl_rl.dynamic.lattice import Lattice
-from kl_rl.dynamic.messages import backward, counting_graph, log_sum_exp, start, tilted_graph
-from kl_rl.hidden_markov import HiddenMarkov, hidden_markov_policy
+from kl_rl.exact.automaton import Automaton
+from kl_rl.exact.hidden_markov import HiddenMarkov, hidden_markov_policy
+from kl_rl.exact.lattice import Lattice
+from kl_rl.exact.messages import backward, counting_graph, log_sum_exp, start, tilted_graph
 
 __all__ = ["TwistedProcess", "posterior_policy", "reward_conditioned_policy"]
 

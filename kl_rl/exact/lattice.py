@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kl_rl.automaton import Automaton
+from kl_rl.exact.automaton import Automaton
 
 __all__ = ["Lattice", "NoLattice", "score_lattice"]
 
@@ -65,7 +65,7 @@ def score_lattice(
         raise NoLattice(
             "the weights of the reward automaton have no common unit that puts all scores on at most "
             f"{limit} points (the finest, {unit:g}, needs {size:.3g}): round the weights, enumerate the "
-            "strings, or use what needs no lattice (log_partition, posterior_moments, sample_posterior)"
+            "strings, or use what needs no lattice (lattice_log_partition, posterior_moments, sample_posterior)"
         )
     origin, spacing = _tidy(shift) * horizon, _tidy(unit)
     values = np.array([float(origin + spacing * k) for k in range(int(low), int(high) + 1)])
