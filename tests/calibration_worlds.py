@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from kl_rl.samples import Samples
+from kl_rl.measure.samples import Samples
 
 __all__ = ["NAMES", "World", "concatenate", "entries", "gaussian_tilt", "world"]
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from calibration_worlds import NAMES, World, entries, gaussian_tilt, world
 
-from kl_rl.calibration import calibration_budget
-from kl_rl.calibration.balance import balance, calibration_terms
-from kl_rl.calibration.bounds import lower_bound, unreached_levels, upper_bound
-from kl_rl.calibration.jackknife import jackknife
-from kl_rl.calibration.levels import build_cells, distinct_levels, quantile_bins
-from kl_rl.calibration.price import price
-from kl_rl.samples import Samples
+from kl_rl.measure.calibration import sampled_budget
+from kl_rl.measure.calibration.balance import balance, calibration_terms
+from kl_rl.measure.calibration.bounds import lower_bound, unreached_levels, upper_bound
+from kl_rl.measure.calibration.jackknife import jackknife
+from kl_rl.measure.calibration.levels import build_cells, distinct_levels, quantile_bins
+from kl_rl.measure.calibration.price import price
+from kl_rl.measure.samples import Samples
 
 # ---------------------------------------------------------------- algebra, without chance
 
@@ -38,7 +38,7 @@ def test_plug_in_on_exact_frequencies_is_the_truth():
     for forward, name in ((False, "C"), (True, "C_fwd")):
         assert lower_bound(cells, forward).value == pytest.approx(truth[name], abs=1e-12)
         assert upper_bound(cells, forward).value == pytest.approx(truth[name], abs=1e-12)
-    assert calibration_budget(tuned, base, bins="exact").kl.value == pytest.approx(truth["kl"], abs=1e-12)
+    assert sampled_budget(tuned, base, bins="exact").kl.value == pytest.approx(truth["kl"], abs=1e-12)
 
 
 def test_leave_one_out_changes_equal_recomputation():
@@ -106,7 +106,7 @@ def test_c_is_zero_when_the_log_ratio_is_a_function_of_the_reward(function):
     weight = np.exp(function(np.arange(6.0)))
     tilted = rng.choice(6, 3000, p=weight / weight.sum()).astype(float)
     log_ratio = [function(r) - np.log(weight.mean()) for r in (tilted, reward)]
-    budget = calibration_budget(
+    budget = sampled_budget(
         *(Samples.from_log_ratio(r, l) for r, l in zip((tilted, reward), log_ratio, strict=True))
     )
     for entry in (budget.C, budget.C_fwd, budget.C_JS):
@@ -115,11 +115,11 @@ def test_c_is_zero_when_the_log_ratio_is_a_function_of_the_reward(function):
 
 def test_budget_adds_up_and_permutation_and_reward_units_change_nothing():
     tuned, base = world(4, noise=0.8).draw(np.random.default_rng(4), 700, 600)
-    budget = calibration_budget(tuned, base)
+    budget = sampled_budget(tuned, base)
     order = np.random.default_rng(5).permutation(700)
     shuffled = Samples(*(x[order] for x in tuned[:3]))
     moved = [s._replace(reward=10.0 * s.reward - 7.0) for s in (shuffled, base)]
-    other = calibration_budget(*moved)
+    other = sampled_budget(*moved)
     for name in NAMES:
         assert getattr(other, name)[:4] == pytest.approx(getattr(budget, name)[:4], rel=1e-6, abs=1e-9)
     assert other.beta_fit.value == pytest.approx(10 * budget.beta_fit.value, rel=1e-9)
@@ -147,24 +147,24 @@ def test_levels_group_rounding_and_bins_have_equal_mass():
 def test_bad_bins_are_refused(bins):
     s = Samples.from_log_ratio(np.arange(4.0), np.zeros(4))
     with pytest.raises(ValueError, match="bins"):
-        calibration_budget(s, bins=bins)
+        sampled_budget(s, bins=bins)
 
 
 def test_inconsistent_arrays_are_refused():
     s = Samples.from_log_ratio(np.arange(4.0), np.zeros(4))
     with pytest.raises(ValueError, match="different lengths"):
-        calibration_budget(s._replace(reward=np.arange(3.0)))
+        sampled_budget(s._replace(reward=np.arange(3.0)))
     with pytest.raises(ValueError, match="at least two"):
-        calibration_budget(Samples(*(x[:1] for x in s[:3])))
+        sampled_budget(Samples(*(x[:1] for x in s[:3])))
     with pytest.raises(ValueError, match="finite"):
-        calibration_budget(s._replace(logp_tuned=np.array([0, np.nan, 0, 0])))
+        sampled_budget(s._replace(logp_tuned=np.array([0, np.nan, 0, 0])))
     with pytest.raises(ValueError, match="one of the two"):
-        calibration_budget(s._replace(prompt=np.arange(4)), s)
+        sampled_budget(s._replace(prompt=np.arange(4)), s)
     with pytest.raises(ValueError, match="no prompt"):
-        calibration_budget(s._replace(prompt=np.zeros(4, int)), s._replace(prompt=np.ones(4, int)))
+        sampled_budget(s._replace(prompt=np.zeros(4, int)), s._replace(prompt=np.ones(4, int)))
     for beta in (0.0, -1.0, np.inf, np.nan):
         with pytest.raises(ValueError, match="beta"):
-            calibration_budget(s, beta=beta)
+            sampled_budget(s, beta=beta)
 
 
 # ---------------------------------------------------------------- bins
@@ -172,7 +172,7 @@ def test_inconsistent_arrays_are_refused():
 
 @pytest.mark.parametrize("bins", [3, 8, 25])
 def test_binned_exact_tilt_is_below_its_bound_and_corrected_to_zero(bins):
-    budget = calibration_budget(*gaussian_tilt(np.random.default_rng(0), 4000, 1.0), bins=bins, beta=1.0)
+    budget = sampled_budget(*gaussian_tilt(np.random.default_rng(0), 4000, 1.0), bins=bins, beta=1.0)
     assert budget.bins == "quantile" and budget.num_levels == bins
     assert 0 < budget.C.value <= budget.binning_bound
     assert budget.C_corrected.value < 1e-9 and budget.C_corrected.upper < 1e-6
@@ -188,7 +188,7 @@ def test_correction_keeps_what_is_not_explained_by_the_tilt():
         coin = rng.random(n) < share
         samples.append(Samples.from_log_ratio(s.reward, s.log_ratio + np.log(0.4) + log_odds * coin))
     truth = 0.8 * np.log(1.6) + 0.2 * np.log(0.4)
-    budget = calibration_budget(*samples, bins=6, beta=1.0)
+    budget = sampled_budget(*samples, bins=6, beta=1.0)
     assert abs(budget.C_corrected.value - truth) < 4 * budget.C_corrected.stderr
     assert budget.C.value - truth > 4 * budget.C.stderr  # the uncorrected one has the width of the bins in it
 
@@ -198,7 +198,7 @@ def test_correction_keeps_what_is_not_explained_by_the_tilt():
 
 def test_without_base_samples_only_what_is_known_has_limits():
     tuned, _ = world(7).draw(np.random.default_rng(7), 2000, 2)
-    budget = calibration_budget(tuned)
+    budget = sampled_budget(tuned)
     truth = world(7).truth()
     assert budget.kl.lower <= truth["kl"] <= budget.kl.upper
     assert budget.C.value == budget.C.lower_bound.value and budget.C.lower <= truth["C"]
@@ -216,7 +216,7 @@ def test_collapse_onto_one_string_that_the_base_never_shows_is_not_called_harmle
     rng = np.random.default_rng(0)
     tuned = Samples.from_log_ratio(np.full(500, 10.0), np.full(500, 25.0))
     base = Samples.from_log_ratio(rng.integers(0, 5, 500).astype(float), np.full(500, -5.0))
-    budget = calibration_budget(tuned, base)
+    budget = sampled_budget(tuned, base)
     # base probability of the level: at most 3.7/500; of the string: e^-25
     assert budget.C.upper == pytest.approx(25.0 - np.log(500 / 3.7), abs=0.1)
     assert budget.P.lower < 5.0 < budget.P.upper
@@ -229,12 +229,12 @@ def test_extreme_log_ratios_make_no_nan():
     tuned, base = world(8).draw(np.random.default_rng(8), 300, 300)
     for scale in (1e3, 1e5):
         pair = [Samples.from_log_ratio(s.reward, s.log_ratio * scale) for s in (tuned, base)]
-        for budget in (calibration_budget(*pair), calibration_budget(pair[0]), calibration_budget(pair[1])):
+        for budget in (sampled_budget(*pair), sampled_budget(pair[0]), sampled_budget(pair[1])):
             for entry in entries(budget).values():
                 assert entry is None or np.isfinite(entry.value)
     filtered = Samples.from_log_ratio(np.ones(500), np.full(500, np.log(2.0)))
     reward = np.arange(500.0) % 2
     kept = Samples.from_log_ratio(reward, np.where(reward == 1, np.log(2.0), -2000.0))
-    budget = calibration_budget(filtered, kept)
+    budget = sampled_budget(filtered, kept)
     assert budget.C.upper < 1e-5 and budget.kl.value == pytest.approx(np.log(2))
     assert budget.P.lower <= np.log(2) <= budget.P.upper

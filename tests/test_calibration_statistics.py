@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from calibration_worlds import NAMES, World, concatenate, entries, gaussian_tilt, world
 
-from kl_rl.calibration import calibration_budget
 from kl_rl.core.estimate import Estimate, mean_estimate, poisson_upper_limit, student_quantile
-from kl_rl.samples import Samples
+from kl_rl.measure.calibration import sampled_budget
+from kl_rl.measure.samples import Samples
 
 # ---------------------------------------------------------------- estimates
 
@@ -68,7 +68,7 @@ FAMILIES = {
 def test_estimates_are_within_four_standard_errors(family):
     settings, n, m = FAMILIES[family]
     w = world(11, **settings)
-    budget = calibration_budget(*w.draw(np.random.default_rng(11), n, m), bins="exact")
+    budget = sampled_budget(*w.draw(np.random.default_rng(11), n, m), bins="exact")
     for name, truth in w.truth().items():
         entry = getattr(budget, name)
         assert abs(entry.value - truth) < 4 * entry.stderr, name
@@ -80,7 +80,7 @@ def repeated(settings: dict, n: int, m: int, runs: int, worlds: int = 1, bins="e
     for run in range(runs):
         w = world(run % worlds, **settings)
         truth = w.truth()
-        budget = calibration_budget(*w.draw(np.random.default_rng(1000 + run), n, m), bins=bins)
+        budget = sampled_budget(*w.draw(np.random.default_rng(1000 + run), n, m), bins=bins)
         rows.append([[truth[name], *getattr(budget, name)[:4]] for name in NAMES])
         budgets.append(budget)
     return np.array(rows), budgets
@@ -174,7 +174,7 @@ def test_prompts_are_conditioned_on_and_averaged(prompts, samples, levels):
         rng = np.random.default_rng(seed)
         pairs = [w.draw(rng, samples, samples) for w in worlds]
         tuned, base = (concatenate([pair[side] for pair in pairs]) for side in (0, 1))
-        budget = calibration_budget(tuned, base)
+        budget = sampled_budget(tuned, base)
         errors.append([getattr(budget, name).value - truth[name] for name in NAMES])
         held.append([getattr(budget, n).lower <= truth[n] <= getattr(budget, n).upper for n in NAMES])
         assert budget.num_prompts == prompts
@@ -187,16 +187,16 @@ def test_prompts_are_conditioned_on_and_averaged(prompts, samples, levels):
 
 def test_one_prompt_equals_no_prompt_and_identifiers_may_be_strings():
     tuned, base = world(6).draw(np.random.default_rng(6), 400, 300)
-    plain = calibration_budget(tuned, base)
+    plain = sampled_budget(tuned, base)
     named = [s._replace(prompt=np.array(["a"] * len(s.reward), object)) for s in (tuned, base)]
-    assert entries(calibration_budget(*named)) == entries(plain)
+    assert entries(sampled_budget(*named)) == entries(plain)
 
 
 def test_spread_of_the_tilt_over_prompts_is_seen():
     def spread(tilts):
         rng = np.random.default_rng(0)
         pairs = [world(i, tilt=t, noise=0.0).draw(rng, 2000, 2000) for i, t in enumerate(tilts)]
-        return calibration_budget(*(concatenate([p[j] for p in pairs]) for j in (0, 1)))
+        return sampled_budget(*(concatenate([p[j] for p in pairs]) for j in (0, 1)))
 
     same, different = spread([1.0] * 6), spread([0.5, 1.5] * 3)
     assert same.lambda_spread < 1e-6  # exact tilts: the balance weights know the tilt exactly
@@ -212,34 +212,34 @@ def say(budget) -> str:
 
 
 def test_a_healthy_measurement_has_no_warnings():
-    assert calibration_budget(*world(9).draw(np.random.default_rng(9), 3000, 3000)).warnings == []
+    assert sampled_budget(*world(9).draw(np.random.default_rng(9), 3000, 3000)).warnings == []
 
 
 def test_every_warning_fires():
     tuned, base = world(9).draw(np.random.default_rng(9), 600, 600)
     rng = np.random.default_rng(0)
     same = [Samples.from_log_ratio(s.reward, 0 * s.reward) for s in (tuned, base)]
-    assert "look identical" in say(calibration_budget(*same))
-    assert "swapped" in say(calibration_budget(base, tuned))
-    assert "one level" in say(calibration_budget(*(s._replace(reward=0 * s.reward) for s in (tuned, base))))
-    assert "Without base samples" in say(calibration_budget(tuned))
+    assert "look identical" in say(sampled_budget(*same))
+    assert "swapped" in say(sampled_budget(base, tuned))
+    assert "one level" in say(sampled_budget(*(s._replace(reward=0 * s.reward) for s in (tuned, base))))
+    assert "Without base samples" in say(sampled_budget(tuned))
     single = [s._replace(prompt=np.arange(600)) for s in (tuned, base)]
-    assert "single sample" in say(calibration_budget(*single)) and "alone in their reward level" in say(
-        calibration_budget(*single)
+    assert "single sample" in say(sampled_budget(*single)) and "alone in their reward level" in say(
+        sampled_budget(*single)
     )
     half = [s._replace(prompt=np.arange(600) % 3 + i) for i, s in enumerate((tuned, base))]
-    assert "left out" in say(calibration_budget(*half))
+    assert "left out" in say(sampled_budget(*half))
     low = Samples(*(x[base.reward < 3] for x in base[:3]))
-    assert "without base samples" in say(calibration_budget(tuned, low))
+    assert "without base samples" in say(sampled_budget(tuned, low))
     far = Samples(*(x[tuned.reward == 4] for x in tuned[:3]))
-    assert "outside the range" in say(calibration_budget(far, low))
+    assert "outside the range" in say(sampled_budget(far, low))
     hot = [s._replace(logp_tuned=s.logp_tuned + 0.4) for s in (tuned, base)]
-    assert "mean of p0/q" in say(calibration_budget(*hot)) and "mean of q/p0" in say(calibration_budget(*hot))
+    assert "mean of p0/q" in say(sampled_budget(*hot)) and "mean of q/p0" in say(sampled_budget(*hot))
     poor = world(9, size=3000, noise=3.0).draw(rng, 600, 600)
-    assert "effective sample size" in say(calibration_budget(*poor))
-    assert "reward bins alone" in say(calibration_budget(*gaussian_tilt(rng, 500, 1.0), bins=3))
+    assert "effective sample size" in say(sampled_budget(*poor))
+    assert "reward bins alone" in say(sampled_budget(*gaussian_tilt(rng, 500, 1.0), bins=3))
     tiny = world(9).draw(rng, 20, 20)
-    assert "means little" in say(calibration_budget(*tiny))
+    assert "means little" in say(sampled_budget(*tiny))
 
 
 def test_truncated_sampling_is_noticed():
@@ -249,4 +249,4 @@ def test_truncated_sampling_is_noticed():
     picks = np.random.default_rng(0).choice(100, 3000, p=cold.q)
     tuned = Samples.from_log_ratio(w.reward[picks], w.log_ratio[picks])
     _, base = w.draw(np.random.default_rng(1), 2, 3000)
-    assert "temperature" in say(calibration_budget(tuned, base))
+    assert "temperature" in say(sampled_budget(tuned, base))

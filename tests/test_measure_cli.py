@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kl_rl.cli.measure import add_parser
-from kl_rl.samples import Samples
+from kl_rl.measure.samples import Samples
 
 ENTRIES = ("kl", "P", "S", "C", "C_fwd", "beta_fit")
 

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from kl_rl import budget, exact, queries, scores
+from kl_rl import exact, measure
 from kl_rl.compare.extras import measure_extras
 from kl_rl.compare.problem import Problem, exact_law, normalized
 from kl_rl.compare.reference import best_of_n_law
 from kl_rl.exact.hidden_markov import HiddenMarkov
+from kl_rl.measure import forecasts, queries
 from kl_rl.worlds import parse_world
 
-within = jax.jit(budget.conditional_kl)
+within = jax.jit(measure.conditional_kl)
 
 
 def random_law(seed, size, concentration=0.5, holes=0):
@@ -126,8 +127,8 @@ def test_every_model_is_calibrated_on_its_own_text(listed):
     def errors(text):
         events = (np.exp(q.log_conditional).ravel(), np.exp(text.log_conditional).ravel())
         weight = np.repeat(np.exp(text.log_mass), 3)
-        smooth = scores.smooth_calibration_error(*events, weight)
-        return smooth, scores.expected_calibration_error(*events, weight)
+        smooth = forecasts.smooth_calibration_error(*events, weight)
+        return smooth, forecasts.expected_calibration_error(*events, weight)
 
     assert max(errors(q)) < 1e-12
     assert min(errors(p)) > 0.02

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kl_rl.samples import BadSamples, Samples, read_samples
+from kl_rl.measure.samples import BadSamples, Samples, read_samples
 
 GOOD = '{"reward": 1.0, "logp_tuned": -2.5, "logp_base": -3}'
 NAMED = '{"reward": 1, "logp_tuned": -2.5, "logp_base": -3.0, "prompt": "p"}'

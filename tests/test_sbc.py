@@ -7,7 +7,8 @@ import pytest
 from numpy.testing import assert_allclose
 from scipy.stats import chi2 as chi2_law
 
-from kl_rl import exact, sbc
+from kl_rl import exact
+from kl_rl.measure import sbc
 
 DRAWS = 7
 

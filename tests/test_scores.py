@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from kl_rl import scores
+from kl_rl.measure import forecasts
 
 SEEDS = range(6)
 BINNED = [(15, False), (15, True), (1, False), (4, True)]
@@ -51,7 +51,7 @@ def test_binned_error_is_the_weighted_gap_of_the_bins(seed, num_bins, equal_mass
     f, o, w = random_events(seed)
     groups = naive_groups(f, o, w, naive_bins(f, w, num_bins, equal_mass))
     expected = sum(mass * abs(mean_o - mean_f) for mass, mean_f, mean_o in groups)
-    actual = scores.expected_calibration_error(f, o, w, num_bins=num_bins, equal_mass=equal_mass)
+    actual = forecasts.expected_calibration_error(f, o, w, num_bins=num_bins, equal_mass=equal_mass)
     assert_allclose(actual, expected, rtol=1e-12)
 
 
@@ -61,19 +61,19 @@ def test_equal_mass_bins_hold_equal_shares():
     o[:2] = 1.0  # the first two: mean outcome 1 against 0.005; the others: 1/2
     gaps = [1 - 0.005, 0.5 - 0.025, 0.5 - 0.045, 0.5 - 0.065]
     assert_allclose(
-        scores.expected_calibration_error(f, o, num_bins=4, equal_mass=True), np.mean(gaps), rtol=1e-12
+        forecasts.expected_calibration_error(f, o, num_bins=4, equal_mass=True), np.mean(gaps), rtol=1e-12
     )
-    assert_allclose(scores.expected_calibration_error(f, o, num_bins=4), 5 / 8 - 0.035, rtol=1e-12)
+    assert_allclose(forecasts.expected_calibration_error(f, o, num_bins=4), 5 / 8 - 0.035, rtol=1e-12)
 
 
 def test_brier_decomposition_of_a_table_worked_by_hand():
     """Forecasts .2 (1 of 4 happen) and .7 (3 of 4): reliability .0025, resolution .0625, uncertainty .25."""
     f = np.array([0.2] * 4 + [0.7] * 4)
     o = np.array([1, 0, 0, 0, 1, 1, 1, 0.0])
-    parts = scores.brier_decomposition(f, o, num_bins=10)
+    parts = forecasts.brier_decomposition(f, o, num_bins=10)
     assert_allclose(parts[:3], (0.0025, 0.0625, 0.25), rtol=1e-12)
     assert_allclose([parts.within, parts.score], [0.0, 0.19], atol=1e-15)
-    assert_allclose(scores.brier_score(f, o), (0.64 + 3 * 0.04 + 3 * 0.09 + 0.49) / 8, rtol=1e-12)
+    assert_allclose(forecasts.brier_score(f, o), (0.64 + 3 * 0.04 + 3 * 0.09 + 0.49) / 8, rtol=1e-12)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -81,9 +81,12 @@ def test_brier_decomposition_of_a_table_worked_by_hand():
 def test_decompositions_are_identities_with_their_parts(seed, num_bins, equal_mass):
     f, o, w = random_events(seed)
     options = {"num_bins": num_bins, "equal_mass": equal_mass}
-    brier, log = scores.brier_decomposition(f, o, w, **options), scores.log_decomposition(f, o, w, **options)
+    brier, log = (
+        forecasts.brier_decomposition(f, o, w, **options),
+        forecasts.log_decomposition(f, o, w, **options),
+    )
     share = w / w.sum()
-    assert_allclose(brier.score, scores.brier_score(f, o, w), rtol=1e-12)
+    assert_allclose(brier.score, forecasts.brier_score(f, o, w), rtol=1e-12)
     assert_allclose(
         log.score, sum(v * log_loss(x, y) for x, y, v in zip(f, o, share, strict=True)), rtol=1e-12
     )
@@ -111,10 +114,10 @@ def test_probabilities_as_outcomes_are_exact_expectations():
     for outcome in itertools.product([0.0, 1.0], repeat=5):
         y = np.array(outcome)
         chance = np.prod(np.where(y == 1, o, 1 - o))
-        brier += chance * scores.brier_score(f, y, w)
-        log += chance * scores.log_decomposition(f, y, w).score
-    assert_allclose(scores.brier_score(f, o, w), brier, rtol=1e-12)
-    assert_allclose(scores.log_decomposition(f, o, w).score, log, rtol=1e-12)
+        brier += chance * forecasts.brier_score(f, y, w)
+        log += chance * forecasts.log_decomposition(f, y, w).score
+    assert_allclose(forecasts.brier_score(f, o, w), brier, rtol=1e-12)
+    assert_allclose(forecasts.log_decomposition(f, o, w).score, log, rtol=1e-12)
 
 
 def test_weights_are_repetitions():
@@ -122,24 +125,24 @@ def test_weights_are_repetitions():
     count = np.random.default_rng(0).integers(1, 5, len(f))
     many = (np.repeat(f, count), np.repeat(o, count))
     for measure in (
-        scores.expected_calibration_error,
-        scores.smooth_calibration_error,
-        scores.brier_score,
-        lambda *events: scores.brier_decomposition(*events).within,
-        lambda *events: scores.log_decomposition(*events).reliability,
+        forecasts.expected_calibration_error,
+        forecasts.smooth_calibration_error,
+        forecasts.brier_score,
+        lambda *events: forecasts.brier_decomposition(*events).within,
+        lambda *events: forecasts.log_decomposition(*events).reliability,
     ):
         assert_allclose(measure(f, o, count), measure(*many), rtol=1e-9)
 
 
 def test_a_forecast_that_excludes_what_happens_scores_infinity_and_never_nan():
     with np.errstate(all="raise", divide="ignore"):
-        alone = scores.log_decomposition(np.array([0.0]), np.array([0.5]))
-        together = scores.log_decomposition(np.array([0.0, 0.01]), np.array([0.5, 0.0]))
-        table = scores.log_score(np.array([[0.0, -np.inf]]), np.array([[0.5, 0.5]]))
+        alone = forecasts.log_decomposition(np.array([0.0]), np.array([0.5]))
+        together = forecasts.log_decomposition(np.array([0.0, 0.01]), np.array([0.5, 0.0]))
+        table = forecasts.log_score(np.array([[0.0, -np.inf]]), np.array([[0.5, 0.5]]))
     assert alone.reliability == math.inf and alone.within == 0 and alone.score == math.inf
     assert together.within == math.inf and math.isfinite(together.reliability)
     assert table == math.inf
-    assert scores.log_score(np.array([[0.0, -np.inf]]), np.array([[1.0, 0.0]])) == 0
+    assert forecasts.log_score(np.array([[0.0, -np.inf]]), np.array([[1.0, 0.0]])) == 0
 
 
 def naive_smoothed(f, o, w, sigma, cells):
@@ -161,27 +164,27 @@ def test_smoothing_is_convolution_with_the_reflected_gaussian(sigma):
     f = (rng.integers(0, cells, 30) + 0.5) / cells
     f[:2] = [0.5 / cells, 1 - 0.5 / cells]
     o, w = rng.random(30), rng.exponential(size=30)
-    actual = scores.smoothed_residual(f, o, sigma, w, num_cells=cells)
+    actual = forecasts.smoothed_residual(f, o, sigma, w, num_cells=cells)
     assert_allclose(actual, naive_smoothed(f, o, w, sigma, cells), rtol=1e-9)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_smooth_error_is_the_fixed_point_of_a_decreasing_function(seed):
     f, o, w = random_events(seed)
-    error = scores.smooth_calibration_error(f, o, w)
-    curve = [scores.smoothed_residual(f, o, sigma, w) for sigma in np.geomspace(1e-3, 1.0, 25)]
+    error = forecasts.smooth_calibration_error(f, o, w)
+    curve = [forecasts.smoothed_residual(f, o, sigma, w) for sigma in np.geomspace(1e-3, 1.0, 25)]
     assert np.all(np.diff(curve) <= 1e-14)
     assert 0 < error < 1
-    assert_allclose(scores.smoothed_residual(f, o, error, w), error, rtol=1e-9)
+    assert_allclose(forecasts.smoothed_residual(f, o, error, w), error, rtol=1e-9)
     assert abs(w @ (o - f)) / w.sum() - 1e-12 <= error <= curve[0] + 1e-3
 
 
 @pytest.mark.parametrize("bias", [-0.3, -1e-3, 0.02, 0.4])
 def test_a_constant_offset_costs_its_size(bias):
     o = np.linspace(0.45, 0.55, 101)
-    assert_allclose(scores.smooth_calibration_error(o - bias, o), abs(bias), rtol=1e-9)
-    assert_allclose(scores.expected_calibration_error(o - bias, o), abs(bias), rtol=1e-9)
-    assert_allclose(scores.brier_decomposition(o - bias, o).reliability, bias**2, rtol=1e-9)
+    assert_allclose(forecasts.smooth_calibration_error(o - bias, o), abs(bias), rtol=1e-9)
+    assert_allclose(forecasts.expected_calibration_error(o - bias, o), abs(bias), rtol=1e-9)
+    assert_allclose(forecasts.brier_decomposition(o - bias, o).reliability, bias**2, rtol=1e-9)
 
 
 def test_smooth_error_does_not_jump_where_the_binned_one_does():
@@ -189,10 +192,10 @@ def test_smooth_error_does_not_jump_where_the_binned_one_does():
     o = np.array([1.0, 0.0])
     apart = np.array([0.5 - 1e-6, 0.5 + 1e-6])
     same = np.array([0.5, 0.5])
-    assert scores.expected_calibration_error(apart, o, num_bins=2) > 0.49
-    assert scores.expected_calibration_error(same, o, num_bins=2) == 0
-    assert scores.smooth_calibration_error(same, o) == 0
-    assert scores.smooth_calibration_error(apart, o) < 0.02
+    assert forecasts.expected_calibration_error(apart, o, num_bins=2) > 0.49
+    assert forecasts.expected_calibration_error(same, o, num_bins=2) == 0
+    assert forecasts.smooth_calibration_error(same, o) == 0
+    assert forecasts.smooth_calibration_error(apart, o) < 0.02
 
 
 def test_calibrated_forecasts_have_no_error():
@@ -201,11 +204,11 @@ def test_calibrated_forecasts_have_no_error():
     truth, w = rng.random(40), rng.random(40)
     lumped = np.full(40, w @ truth / w.sum())
     for f in (truth, lumped):
-        assert scores.smooth_calibration_error(f, truth, w) < 1e-12
-        assert scores.expected_calibration_error(f, truth, w) < 1e-12
-        assert scores.brier_decomposition(f, truth, w).reliability < 1e-24
-        assert scores.log_decomposition(f, truth, w).reliability < 1e-12
-    assert scores.brier_score(lumped, truth, w) > scores.brier_score(truth, truth, w)
+        assert forecasts.smooth_calibration_error(f, truth, w) < 1e-12
+        assert forecasts.expected_calibration_error(f, truth, w) < 1e-12
+        assert forecasts.brier_decomposition(f, truth, w).reliability < 1e-24
+        assert forecasts.log_decomposition(f, truth, w).reliability < 1e-12
+    assert forecasts.brier_score(lumped, truth, w) > forecasts.brier_score(truth, truth, w)
 
 
 @pytest.mark.parametrize("temperature", [0.2, 0.7, 1.0, 3.0])
@@ -217,18 +220,18 @@ def test_temperature_is_recovered_exactly(temperature):
     p /= p.sum(1, keepdims=True)
     with np.errstate(divide="ignore"):
         log_p = np.log(p)
-    log_q = scores.tempered(log_p, 1 / temperature)
-    found = scores.fit_temperature(log_q, p, rng.random(30))
+    log_q = forecasts.tempered(log_p, 1 / temperature)
+    found = forecasts.fit_temperature(log_q, p, rng.random(30))
     assert_allclose(found, temperature, rtol=1e-9)
-    assert_allclose(scores.tempered(log_q, found), log_p, rtol=1e-8)
+    assert_allclose(forecasts.tempered(log_q, found), log_p, rtol=1e-8)
 
 
 def test_fitted_temperature_has_the_least_log_score():
     rng = np.random.default_rng(6)
     log_q, p = np.log(rng.dirichlet(np.full(4, 0.5), 50)), rng.dirichlet(np.ones(4), 50)
     w = rng.random(50)
-    loss = lambda t: scores.log_score(scores.tempered(log_q, t), p, w)
-    best = scores.fit_temperature(log_q, p, w)
+    loss = lambda t: forecasts.log_score(forecasts.tempered(log_q, t), p, w)
+    best = forecasts.fit_temperature(log_q, p, w)
     assert 1.1 < best < 50  # random forecasts are overconfident
     assert all(loss(best) < loss(best * factor) for factor in (0.5, 0.99, 1.01, 2.0))
     assert_allclose(loss(best * 1.0001), loss(best / 1.0001), rtol=1e-7)
@@ -236,18 +239,18 @@ def test_fitted_temperature_has_the_least_log_score():
 
 def test_temperature_stays_within_its_limits_and_knows_when_none_helps():
     sure = np.log(np.array([[0.9, 0.1]]))
-    assert_allclose(scores.fit_temperature(sure, np.array([[1.0, 0.0]])), 1e-2)
-    assert_allclose(scores.fit_temperature(sure, np.array([[0.1, 0.9]]), limits=(0.1, 5.0)), 5.0)
+    assert_allclose(forecasts.fit_temperature(sure, np.array([[1.0, 0.0]])), 1e-2)
+    assert_allclose(forecasts.fit_temperature(sure, np.array([[0.1, 0.9]]), limits=(0.1, 5.0)), 5.0)
     with np.errstate(divide="ignore"):
         impossible = np.log(np.array([[1.0, 0.0]]))
-    assert math.isnan(scores.fit_temperature(impossible, np.array([[0.5, 0.5]])))
+    assert math.isnan(forecasts.fit_temperature(impossible, np.array([[0.5, 0.5]])))
 
 
 def test_log_score_is_the_cross_entropy():
     rng = np.random.default_rng(8)
     q, p, w = rng.dirichlet(np.ones(3), 7), rng.dirichlet(np.ones(3), 7), rng.random(7)
     expected = -sum(w[i] * p[i, v] * math.log(q[i, v]) for i in range(7) for v in range(3)) / w.sum()
-    assert_allclose(scores.log_score(np.log(q), p, w), expected, rtol=1e-12)
+    assert_allclose(forecasts.log_score(np.log(q), p, w), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -266,15 +269,19 @@ def test_log_score_is_the_cross_entropy():
 )
 def test_bad_events_are_refused(arguments, message):
     arrays = [np.array(a) for a in arguments]
-    for measure in (scores.expected_calibration_error, scores.smooth_calibration_error, scores.brier_score):
+    for measure in (
+        forecasts.expected_calibration_error,
+        forecasts.smooth_calibration_error,
+        forecasts.brier_score,
+    ):
         with pytest.raises(ValueError, match=message):
             measure(*arrays)
 
 
 def test_bad_bins_and_tables_are_refused():
     with pytest.raises(ValueError, match="num_bins must be at least 1"):
-        scores.expected_calibration_error(np.array([0.5]), np.array([1.0]), num_bins=0)
+        forecasts.expected_calibration_error(np.array([0.5]), np.array([1.0]), num_bins=0)
     with pytest.raises(ValueError, match=r"shape \(M, V\)"):
-        scores.log_score(np.zeros((2, 3)), np.full((2, 2), 0.5))
+        forecasts.log_score(np.zeros((2, 3)), np.full((2, 2), 0.5))
     with pytest.raises(ValueError, match="outcome_probs must lie in"):
-        scores.fit_temperature(np.zeros((1, 2)), np.array([[2.0, -1.0]]))
+        forecasts.fit_temperature(np.zeros((1, 2)), np.array([[2.0, -1.0]]))

@@ -16,11 +16,11 @@ MODULES = sorted(p.relative_to(PACKAGE).with_suffix("").as_posix() for p in PACK
 
 # Lower number: further down. A module imports from its own layer or below; leaves are imported by leaves only.
 LAYERS = {
-    0: "core processes checksum strays  objectives  samples".split(),
+    0: "core processes checksum strays  objectives ".split(),
     1: "      ".split(),
     2: "methods".split(),
     3: "exact".split(),
-    4: "budget calibration scores queries sbc".split(),
+    4: "measure".split(),
     5: "models worlds sharding checkpoint oracle huggingface tokenizer data session training plan compare cli".split()
     + ["__main__", "__init__"],
 }
@@ -68,7 +68,7 @@ def test_imports_go_down_only(module):
 
 def test_numpy_only_measurement_starts_without_jax():
     code = (
-        "import sys, kl_rl.calibration, kl_rl.samples, kl_rl.cli; "
+        "import sys, kl_rl.measure.calibration, kl_rl.measure.samples, kl_rl.cli; "
         "kl_rl.cli.build_parser(); sys.exit('jax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -76,7 +76,7 @@ def test_numpy_only_measurement_starts_without_jax():
 
 PUBLIC = """
 Algorithm Estimate Info Interval Policy Posterior Samples Source State Threshold Tilt Trajectories
-Transform advance alpha_divergence best_of_n calibration_budget comparisons decision_transformer dpo
+Transform advance alpha_divergence best_of_n sampled_budget comparisons decision_transformer dpo
 enumerate_strings expert_iteration filtered fit_likelihood fresh from_nnx generate gradient_algorithm grpo
 ipo log_prob logged mixture path_consistency ppo read_samples reinforce replay reward_levels
 reward_weighted sample score sequence_log_prob start subtrajectory_balance trajectory_balance

@@ -158,10 +158,10 @@ def test_sampler_and_scorer_agree(problem):
 
 
 def test_the_control_shows_the_loss_it_was_given(problem):
-    from kl_rl.calibration import calibration_budget
+    from kl_rl.measure.calibration import sampled_budget
 
     made = control(problem, 3)
-    found = calibration_budget(made.tuned, made.base)
+    found = sampled_budget(made.tuned, made.base)
     assert made.known.value > 0.02
     error = math.hypot(found.C.stderr, made.known.stderr)
     assert abs(found.C.value - made.known.value) < 4 * error

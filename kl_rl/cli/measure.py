@@ -8,10 +8,10 @@ import math
 import sys
 from collections.abc import Sequence
 
-from kl_rl.calibration import Bounded, Budget, calibration_budget
 from kl_rl.cli.parsing import Subparsers, add_command
 from kl_rl.core.estimate import Estimate
-from kl_rl.samples import BadSamples, Samples, read_samples
+from kl_rl.measure.calibration import Bounded, SampledBudget, sampled_budget
+from kl_rl.measure.samples import BadSamples, Samples, read_samples
 
 __all__ = ["add_parser", "run"]
 
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             raise BadSamples("only one of the two sample files can be standard input")
         tuned = read_samples(args.samples)
         base = None if args.base_samples is None else read_samples(args.base_samples)
-        budget = calibration_budget(tuned, base, bins=args.bins, beta=args.beta)
+        budget = sampled_budget(tuned, base, bins=args.bins, beta=args.beta)
         if args.plot:
             _plot(tuned, base, args.bins, args.plot)
     except (ValueError, OSError) as error:
@@ -146,7 +146,7 @@ def _entry(b: Bounded | None) -> dict | None:
     return entry
 
 
-def _as_json(budget: Budget) -> dict:
+def _as_json(budget: SampledBudget) -> dict:
     """The budget as a JSON object."""
     return {
         **{name: _entry(getattr(budget, name)) for name, _, _ in _ROWS},
@@ -171,7 +171,7 @@ def _figure(x: float | None) -> str:
     return "-" if x is None or not math.isfinite(x) else ("0" if abs(x) < 5e-8 else f"{x:.4g}")
 
 
-def _table(budget: Budget) -> list[tuple[str, ...]]:
+def _table(budget: SampledBudget) -> list[tuple[str, ...]]:
     """Rows of the table: quantity, value, stderr, interval, stochastic bounds, meaning."""
     rows: list[tuple[str, ...]] = [("", "value", "stderr", "95 % interval", "stochastic bounds", "")]
     for name, label, meaning in _ROWS:
@@ -187,7 +187,7 @@ def _table(budget: Budget) -> list[tuple[str, ...]]:
     return rows
 
 
-def _facts(budget: Budget) -> list[str]:
+def _facts(budget: SampledBudget) -> list[str]:
     """Lines below the table."""
     levels = f"{budget.num_levels} {'distinct rewards' if budget.bins == 'exact' else 'bins of equal mass'}"
     total = sum(b.value or 0.0 for b in (budget.P, budget.S, budget.C))
@@ -210,7 +210,7 @@ def _facts(budget: Budget) -> list[str]:
     return lines
 
 
-def _meaning(budget: Budget) -> str:
+def _meaning(budget: SampledBudget) -> str:
     """One sentence that says what the budget means."""
     kl, p, s, c = (b.value or 0.0 for b in (budget.kl, budget.P, budget.S, budget.C))
     start = (
@@ -237,7 +237,7 @@ def _meaning(budget: Budget) -> str:
     )
 
 
-def _as_text(budget: Budget) -> str:
+def _as_text(budget: SampledBudget) -> str:
     """Aligned plain text; on a terminal the headings are set off by rich."""
     rows = _table(budget)
     if sys.stdout.isatty():
@@ -280,7 +280,7 @@ def _plot(tuned: Samples, base: Samples | None, bins: int | str, path: str) -> N
     import matplotlib.pyplot as plt
     import numpy as np
 
-    from kl_rl.calibration.levels import build_cells
+    from kl_rl.measure.calibration.levels import build_cells
 
     cells = build_cells(tuned, base, bins)
     n = int(cells.n.sum())

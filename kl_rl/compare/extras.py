@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl import queries, sbc, scores
-from kl_rl.budget import undo_reward
+from kl_rl import measure
 from kl_rl.compare.problem import Problem, normalized
 from kl_rl.exact.enumeration import Levels
+from kl_rl.measure import queries, sbc
+from kl_rl.measure.budget import undo_reward
 
 __all__ = ["measure_extras"]
 
@@ -74,13 +75,13 @@ def _score_fields(forecasts: np.ndarray, text: _Text) -> Row:
         return dict.fromkeys(_SCORES, NAN) | {"nll": float("inf")}
     log_q, outcome, weight = met
     events = (np.exp(log_q).ravel(), outcome.ravel(), np.repeat(weight, log_q.shape[1]))
-    brier, log = scores.brier_decomposition(*events), scores.log_decomposition(*events)
+    brier, log = measure.brier_decomposition(*events), measure.log_decomposition(*events)
     return {
-        "nll": scores.log_score(log_q, outcome, weight),
-        "ece": scores.expected_calibration_error(*events),
-        "ece_mass": scores.expected_calibration_error(*events, equal_mass=True),
-        "smece": scores.smooth_calibration_error(*events),
-        "brier": scores.brier_score(*events),
+        "nll": measure.log_score(log_q, outcome, weight),
+        "ece": measure.expected_calibration_error(*events),
+        "ece_mass": measure.expected_calibration_error(*events, equal_mass=True),
+        "smece": measure.smooth_calibration_error(*events),
+        "brier": measure.brier_score(*events),
         "brier_reliability": brier.reliability,
         "brier_resolution": brier.resolution,
         "log_reliability": log.reliability,
@@ -90,12 +91,12 @@ def _score_fields(forecasts: np.ndarray, text: _Text) -> Row:
 def _temperature_fields(forecasts: np.ndarray, text: _Text) -> Row:
     """The best temperature on a text, and the smooth calibration error that it leaves."""
     met = _met(forecasts, text)
-    temperature = NAN if met is None else scores.fit_temperature(*met)
+    temperature = NAN if met is None else measure.fit_temperature(*met)
     if met is None or np.isnan(temperature):
         return {"temperature_p0": NAN, "smece_p0_tempered": NAN}
     log_q, outcome, weight = met
-    confidence = np.exp(scores.tempered(log_q, temperature))
-    error = scores.smooth_calibration_error(
+    confidence = np.exp(measure.tempered(log_q, temperature))
+    error = measure.smooth_calibration_error(
         confidence.ravel(), outcome.ravel(), np.repeat(weight, log_q.shape[1])
     )
     return {"temperature_p0": temperature, "smece_p0_tempered": error}
@@ -196,7 +197,7 @@ def measure_extras(problem: Problem) -> Callable[[np.ndarray, Row], Row]:
     prompts = world.prompts if asks_state else ()
     kernels = [queries.last_state_kernel(world.process, prompt, strings) for prompt in prompts]
 
-    def measure(log_q: np.ndarray, budget: Row) -> Row:
+    def of_law(log_q: np.ndarray, budget: Row) -> Row:
         log_q, log_pstar = np.asarray(log_q, np.float64), _matched_posterior(problem, budget)
         if log_pstar is None or np.isnan(log_q).any():
             return dict.fromkeys(_FIELDS, NAN)
@@ -210,4 +211,4 @@ def measure_extras(problem: Problem) -> Callable[[np.ndarray, Row], Row]:
         row |= _latent_fields(problem, log_q, kernels, budget["C"])
         return row | _posterior_fields(problem, log_q, log_pstar, grams)
 
-    return measure
+    return of_law

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl.budget import Budget, budget
 from kl_rl.compare.problem import Problem
 from kl_rl.exact.enumeration import Levels
+from kl_rl.measure.budget import Budget, exact_budget
 
 __all__ = ["exact_budgets", "sampled_interval"]
 
@@ -22,8 +22,8 @@ def _budgets(log_q, log_base, reward, value, index, beta):
 
     def one(log_q, log_base, reward, index, beta):
         levels = Levels(value, index)
-        fitted = budget(log_q, log_base, reward, levels, jnp.asarray(1.0, log_q.dtype)).beta_fit
-        return budget(log_q, log_base, reward, levels, jnp.where(jnp.isnan(beta), fitted, beta))
+        fitted = exact_budget(log_q, log_base, reward, levels, jnp.asarray(1.0, log_q.dtype)).beta_fit
+        return exact_budget(log_q, log_base, reward, levels, jnp.where(jnp.isnan(beta), fitted, beta))
 
     per_prompt = jax.vmap(one, in_axes=(0, 0, 0, 0, None))
     law = lambda pair: jax.tree.map(jnp.mean, per_prompt(pair[0], log_base, reward, index, pair[1]))
@@ -73,8 +73,8 @@ def sampled_interval(
     Returns:
       ``C_lower, C_upper`` (95 %), ``C_fwd_lower, C_fwd_upper``.
     """
-    from kl_rl.calibration import calibration_budget
-    from kl_rl.samples import Samples
+    from kl_rl.measure.calibration import sampled_budget
+    from kl_rl.measure.samples import Samples
 
     def draw(law: np.ndarray) -> Samples:
         reward, ratio, prompt = [], [], []
@@ -91,7 +91,7 @@ def sampled_interval(
 
     base = draw(problem.log_base)
     finite = np.isfinite(base.log_ratio).all()
-    measured = calibration_budget(draw(log_q), base if finite else None, bins="exact")
+    measured = sampled_budget(draw(log_q), base if finite else None, bins="exact")
     return {
         "C_lower": measured.C.lower,
         "C_upper": measured.C.upper,

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from kl_rl.calibration import Bounded, calibration_budget
+from kl_rl.measure.calibration import Bounded, sampled_budget
+from kl_rl.measure.samples import Samples
 from kl_rl.processes import whole
-from kl_rl.samples import Samples
 from kl_rl.training.errors import BadRewardValue
 from kl_rl.training.job import Job
 from kl_rl.training.programs import Drawn, Run
@@ -70,7 +70,7 @@ def evaluation(job: Job) -> Callable[[Run, int], Measured]:
             lambda d: job.programs.score(who, prompt, d.tokens, d.mask), column.drawn
         )
         under_base, under_tuned = under(job.base, tuned), under(policy, base)
-        budget = calibration_budget(
+        budget = sampled_budget(
             _samples(tuned, tuned.log_own, under_base), _samples(base, under_tuned, base.log_own)
         )
         row = {

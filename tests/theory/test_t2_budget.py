@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from kl_rl import budget, exact
+from kl_rl import exact, measure
 
-measure = jax.jit(budget.budget)
-price = jax.jit(budget.price)
-within = jax.jit(budget.conditional_kl)
+budget_of = jax.jit(measure.exact_budget)
+price = jax.jit(measure.price)
+within = jax.jit(measure.conditional_kl)
 
 
 def kl(q, p):
@@ -115,7 +115,7 @@ def test_everything_that_updates_on_the_reward_alone_has_no_calibration_loss(ran
     _, log_p, reward, levels = random_pair
     with np.errstate(divide="ignore"):
         for name, law in zero_set(np.exp(log_p), np.asarray(reward)).items():
-            result = measure(jnp.log(law / law.sum()), log_p, reward, levels, 1.0)
+            result = budget_of(jnp.log(law / law.sum()), log_p, reward, levels, 1.0)
             assert abs(float(result.C)) < 1e-14, name
             assert result.kl > 1e-3, name
 
@@ -155,7 +155,7 @@ def test_best_of_n_with_ties_broken_by_index_pays_calibration(random_pair, n):
 def test_an_injective_reward_makes_the_measure_vacuous(random_pair):
     log_q, log_p, _, _ = random_pair
     reward = jnp.asarray(np.random.default_rng(0).permutation(12.0 + np.arange(12)))
-    result = measure(log_q, log_p, reward, exact.reward_levels(reward), 1.0)
+    result = budget_of(log_q, log_p, reward, exact.reward_levels(reward), 1.0)
     assert_allclose([result.C, result.C_fwd, result.C_JS], np.zeros(3), atol=1e-14)
     assert result.kl > 0.1 and result.S > 0.01
 
@@ -179,7 +179,7 @@ def test_with_a_stochastic_reward_the_posterior_is_not_a_function_of_the_realize
 def test_three_way_budget(random_pair):
     log_q, log_p, reward, levels = random_pair
     q, p, r = np.exp(log_q), np.exp(log_p), np.asarray(reward)
-    result = measure(log_q, log_p, reward, levels, 0.7)
+    result = budget_of(log_q, log_p, reward, levels, 0.7)
     assert_allclose(result.P + result.S + result.C, result.kl, rtol=1e-10)
     assert min(result.P, result.S, result.C) > 0
     matched, scale = tilt(p, r, q @ r)
@@ -195,11 +195,11 @@ def test_shape_vanishes_exactly_when_the_reward_marginal_is_a_tilt(random_pair):
     tilted = np.asarray(marginal(p * np.exp(0.8 * np.asarray(reward)), index))
     inside = np.exp(log_q - exact.level_log_prob(log_q, levels)[levels.index])
     law = inside * (tilted / tilted.sum())[index]  # drifted inside the levels, tilted between them
-    result = measure(jnp.log(law), log_p, reward, levels, 0.7)
+    result = budget_of(jnp.log(law), log_p, reward, levels, 0.7)
     assert abs(float(result.S)) < 1e-10 and result.C > 1e-3
     assert_allclose(result.beta_fit, 1 / 0.8, rtol=1e-9)
     star = p * np.exp(0.8 * np.asarray(reward))
-    result = measure(jnp.log(star / star.sum()), log_p, reward, levels, 0.7)
+    result = budget_of(jnp.log(star / star.sum()), log_p, reward, levels, 0.7)
     assert_allclose([result.S, result.C], np.zeros(2), atol=1e-10)
     assert_allclose(result.P, result.kl, rtol=1e-10)
 
@@ -209,9 +209,9 @@ def test_shape_vanishes_exactly_when_the_reward_marginal_is_a_tilt(random_pair):
 def test_distance_to_the_posterior_at_matched_reward(random_pair, beta):
     """KL(q||p*_beta) = KL(q||p0) - mu/beta + log Z = S + C + a function of mu, which is 0 at beta_fit."""
     log_q, log_p, reward, levels = random_pair
-    result = measure(log_q, log_p, reward, levels, beta)
+    result = budget_of(log_q, log_p, reward, levels, beta)
     assert_allclose(result.kl_q_pstar, result.kl - result.reward / beta + result.log_z, rtol=1e-10)
-    own = measure(log_q, log_p, reward, levels, result.beta_fit)
+    own = budget_of(log_q, log_p, reward, levels, result.beta_fit)
     assert_allclose(own.kl_q_pstar, result.S + result.C, rtol=1e-8)
 
 
@@ -247,7 +247,7 @@ def test_the_optimum_in_a_small_class_has_the_least_s_plus_c_at_its_reward(small
     members = laws(first[inside], *after[:, inside])
     assert inside.sum() > 100
     assert_allclose(members @ reward, np.full(len(members), mean), rtol=1e-9)
-    every = jax.jit(jax.vmap(budget.budget, in_axes=(0, None, None, None, None)))
+    every = jax.jit(jax.vmap(measure.exact_budget, in_axes=(0, None, None, None, None)))
     laws_in_nats = jnp.log(np.concatenate([champion[None], members]))
     both = every(laws_in_nats, smallest.log_base, jnp.asarray(reward), exact.reward_levels(reward), 1.0)
     cost = np.asarray(both.S + both.C)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from kl_rl import budget, exact
+from kl_rl import exact, measure
 from kl_rl.exact import flows
 
-losses = jax.jit(jax.vmap(budget.conditional_kl, in_axes=(0, None, None)))
+losses = jax.jit(jax.vmap(measure.conditional_kl, in_axes=(0, None, None)))
 vanilla = jax.jit(flows.vanilla_gradient_flow, static_argnames="num_steps")
 
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from kl_rl import budget, exact, queries
+from kl_rl import exact, measure
+from kl_rl.measure import queries
 
-measure = jax.jit(budget.budget)
-within = jax.jit(budget.conditional_kl)
-symmetric = jax.jit(budget.conditional_js)
+budget_of = jax.jit(measure.exact_budget)
+within = jax.jit(measure.conditional_kl)
+symmetric = jax.jit(measure.conditional_js)
 divergence = jax.jit(exact.kl_divergence)
-undo = jax.jit(budget.undo_reward)
+undo = jax.jit(measure.undo_reward)
 
 
 def kl(q, p):
@@ -50,7 +51,7 @@ def test_calibration_loss_is_the_distance_to_the_nearest_tilt(random_pair):
 @pytest.mark.parametrize("beta", [0.3, 1.0, 5.0])
 def test_calibration_loss_is_the_beta_free_part_of_the_distance_to_the_posterior(random_pair, beta):
     log_q, log_p, reward, levels = random_pair
-    result = measure(log_q, log_p, reward, levels, beta)
+    result = budget_of(log_q, log_p, reward, levels, beta)
     star = reweighted(log_p, np.asarray(reward) / beta)
     between = kl(np.bincount(levels.index, np.exp(log_q)), np.bincount(levels.index, star))
     assert_allclose(result.kl_q_pstar, result.C + between, rtol=1e-9)
@@ -81,7 +82,7 @@ def test_forward_loss_is_what_no_reweighting_by_the_reward_recovers(random_pair)
     """KL(p0 || w q / Z_w) = C_fwd + KL(p0(r) || w q (r)); a convex solve finds the same minimum."""
     log_q, log_p, reward, levels = random_pair
     p, index = np.exp(log_p), np.asarray(levels.index)
-    result = measure(log_q, log_p, reward, levels, 1.0)
+    result = budget_of(log_q, log_p, reward, levels, 1.0)
     for log_w in functions_of_reward(levels):
         tilted = reweighted(log_q, log_w)
         total = result.C_fwd + kl(np.bincount(index, p), np.bincount(index, tilted))
@@ -220,6 +221,6 @@ def test_a_filter_has_no_calibration_loss_and_infinite_forward_loss(random_pair)
     assert_allclose(
         inside[reward >= 0.5], (log_p - exact.level_log_prob(log_p, levels)[levels.index])[reward >= 0.5]
     )
-    result = measure(log_q, log_p, reward, levels, 1.0)
+    result = budget_of(log_q, log_p, reward, levels, 1.0)
     assert abs(float(result.C)) < 1e-14
     assert result.C_fwd == jnp.inf

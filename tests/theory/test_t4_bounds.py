@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from kl_rl import budget, exact
-from kl_rl.calibration.bounds import lower_bound, upper_bound
-from kl_rl.calibration.levels import build_cells, quantile_bins
-from kl_rl.samples import Samples
+from kl_rl import exact, measure
+from kl_rl.measure.calibration.bounds import lower_bound, upper_bound
+from kl_rl.measure.calibration.levels import build_cells, quantile_bins
+from kl_rl.measure.samples import Samples
 
-within = jax.jit(budget.conditional_kl)
+within = jax.jit(measure.conditional_kl)
 REWARD = np.array([0.0, 0.0, 1.0, 1.0, 1.0])  # two levels, of two and three strings
 LEVELS = exact.Levels(jnp.array([0.0, 1.0]), jnp.array([0, 0, 1, 1, 1]))
 

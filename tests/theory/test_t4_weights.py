@@ -9,11 +9,11 @@ import pytest
 from numpy.testing import assert_allclose
 
 from kl_rl import exact, objectives
-from kl_rl.calibration.balance import balance, calibration_terms
-from kl_rl.calibration.levels import build_cells
 from kl_rl.core.posterior import Threshold, Tilt
+from kl_rl.measure.calibration.balance import balance, calibration_terms
+from kl_rl.measure.calibration.levels import build_cells
+from kl_rl.measure.samples import Samples
 from kl_rl.objectives import weights
-from kl_rl.samples import Samples
 
 REWARD = np.array([0.0, 0.0, 1.0, 1.0])
 

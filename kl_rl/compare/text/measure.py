@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from kl_rl.calibration import Bounded, Budget, calibration_budget
 from kl_rl.compare.text.problem import Drawn, TextProblem, draw, flat_samples, score
 from kl_rl.compare.text.reference import tilted_expectation
 from kl_rl.core.estimate import Estimate, mean_estimate
 from kl_rl.core.policy import Policy
+from kl_rl.measure.calibration import Bounded, SampledBudget, sampled_budget
 from kl_rl.worlds.text_base import held_out_loss
 from kl_rl.worlds.text_reward import words_in
 
@@ -21,11 +21,11 @@ __all__ = ["attractor", "base_row", "budget_row", "measure", "previews"]
 _BOUNDED = ("kl", "P", "S", "C", "C_fwd", "C_JS")
 
 
-def budget_row(budget: Budget) -> dict[str, Any]:
+def budget_row(budget: SampledBudget) -> dict[str, Any]:
     """A sampled budget as flat fields: `C`, `C_stderr`, `C_lower`, `C_upper` and so on; nats.
 
     Args:
-      budget: from `calibration_budget`.
+      budget: from `sampled_budget`.
 
     Returns:
       The fields.
@@ -48,7 +48,7 @@ def _mean(name: str, estimate: Estimate) -> dict[str, float]:
 
 
 def _against_posterior(
-    problem: TextProblem, beta: float, budget: Budget, log_tuned_of_base: np.ndarray, entropy: float
+    problem: TextProblem, beta: float, budget: SampledBudget, log_tuned_of_base: np.ndarray, entropy: float
 ) -> dict[str, float]:
     """``KL(p*||q)``, ``KL(q||p*)`` and ``H(p*) - H(q)``, with log Z and p* by weighted base samples."""
     reward, log_base = problem.drawn.reward, problem.drawn.log_prob
@@ -136,9 +136,7 @@ def measure(
         }
     log_base = score(base, problem.prompt, drawn.tokens)
     tuned = flat_samples(drawn, drawn.log_prob, log_base)
-    budget = calibration_budget(
-        tuned, flat_samples(problem.drawn, of_base, problem.drawn.log_prob), beta=beta
-    )
+    budget = sampled_budget(tuned, flat_samples(problem.drawn, of_base, problem.drawn.log_prob), beta=beta)
     entropy = mean_estimate(-drawn.log_prob)
     row = {"beta": budget.beta} | budget_row(budget) | _mean("reward", mean_estimate(drawn.reward))
     row |= _mean("entropy", entropy)

@@ -14,7 +14,7 @@ import numpy as np
 from kl_rl.compare.text.knobs import targets
 from kl_rl.core.policy import Policy, sequence_log_prob
 from kl_rl.core.rollout import sample
-from kl_rl.samples import Samples
+from kl_rl.measure.samples import Samples
 from kl_rl.worlds.text import Corpus
 from kl_rl.worlds.text_base import RETURN_TOKENS, BasePlan, TextBase, load_or_train
 from kl_rl.worlds.text_reward import BadReward, TextReward

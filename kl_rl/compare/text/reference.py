@@ -14,7 +14,7 @@ from kl_rl.compare.text.problem import TextProblem, draw, flat_samples, score
 from kl_rl.core import numerics
 from kl_rl.core.estimate import Estimate, mean_estimate
 from kl_rl.core.policy import Policy
-from kl_rl.samples import Samples
+from kl_rl.measure.samples import Samples
 from kl_rl.worlds.text_reward import in_word
 
 __all__ = ["Control", "LogZ", "control", "log_normalizer", "posterior_row", "tilted_expectation"]

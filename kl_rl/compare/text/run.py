@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from kl_rl import models
-from kl_rl.calibration import calibration_budget
 from kl_rl.compare.catalogue import Context, Method, methods_named
 from kl_rl.compare.text.knobs import sampled_knobs, tilt_to_mean
 from kl_rl.compare.text.measure import base_row, budget_row, measure, previews
@@ -25,6 +24,7 @@ from kl_rl.compare.text.problem import TextPlan, TextProblem, make_problem
 from kl_rl.compare.text.reference import control, posterior_row
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior
+from kl_rl.measure.calibration import sampled_budget
 from kl_rl.methods import fit
 from kl_rl.worlds.lexicon import default_reward, load_reward
 from kl_rl.worlds.text import load_text
@@ -191,7 +191,7 @@ def _references(problem: TextProblem, seed: int) -> Iterator[Row]:
     if problem.reward.words:
         made = control(problem, seed)
         row = _named("control", "reference", "none", 0.0, seed) | {"beta": None}
-        row |= budget_row(calibration_budget(made.tuned, made.base))
+        row |= budget_row(sampled_budget(made.tuned, made.base))
         row |= {"known_C": made.known.value, "known_C_stderr": made.known.stderr}
         row |= {"reward": float(made.tuned.reward.mean()), "n_samples": made.tuned.reward.size}
         yield row | {"preview": previews(problem, made.tokens)}

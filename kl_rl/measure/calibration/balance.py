@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kl_rl.calibration.jackknife import delete_one
-from kl_rl.calibration.levels import Cells
+from kl_rl.measure.calibration.jackknife import delete_one
+from kl_rl.measure.calibration.levels import Cells
 
 __all__ = ["Balance", "balance", "calibration_terms", "within_level_loss"]
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from kl_rl.core import numerics
 from kl_rl.exact.enumeration import Levels, expectation, kl_divergence, level_log_prob
 
-__all__ = ["Budget", "budget", "conditional_js", "conditional_kl", "fit_tilt", "price", "undo_reward"]
+__all__ = ["Budget", "exact_budget", "conditional_js", "conditional_kl", "fit_tilt", "price", "undo_reward"]
 
 _LAMBDA_LIMIT = 1e4
 
@@ -151,7 +151,7 @@ def undo_reward(log_q: jax.Array, log_base: jax.Array, levels: Levels) -> jax.Ar
     return numerics.safe_log_softmax(log_q + shift[levels.index])
 
 
-def budget(
+def exact_budget(
     log_q: jax.Array, log_base: jax.Array, reward: jax.Array, levels: Levels, beta: jax.Array
 ) -> Budget:
     """All exact measurements of one policy.

@@ -11,8 +11,9 @@ import math
 
 import numpy as np
 
-from kl_rl.calibration.balance import Balance, balance, calibration_terms, within_level_loss
-from kl_rl.calibration.bounds import (
+from kl_rl.core.estimate import Estimate
+from kl_rl.measure.calibration.balance import Balance, balance, calibration_terms, within_level_loss
+from kl_rl.measure.calibration.bounds import (
     Unreached,
     lower_bound,
     merged_plug_in,
@@ -20,20 +21,19 @@ from kl_rl.calibration.bounds import (
     unseen_mass,
     upper_bound,
 )
-from kl_rl.calibration.jackknife import Jackknife, jackknife, prompt_left_out
-from kl_rl.calibration.levels import Cells, build_cells
-from kl_rl.calibration.price import Price, fit_tilts, log_moments, price, tilt_spread
-from kl_rl.calibration.types import Bounded, Budget
-from kl_rl.calibration.warnings import find_warnings
-from kl_rl.core.estimate import Estimate
-from kl_rl.samples import Samples
+from kl_rl.measure.calibration.jackknife import Jackknife, jackknife, prompt_left_out
+from kl_rl.measure.calibration.levels import Cells, build_cells
+from kl_rl.measure.calibration.price import Price, fit_tilts, log_moments, price, tilt_spread
+from kl_rl.measure.calibration.types import Bounded, SampledBudget
+from kl_rl.measure.calibration.warnings import find_warnings
+from kl_rl.measure.samples import Samples
 
-__all__ = ["Bounded", "Budget", "calibration_budget"]
+__all__ = ["Bounded", "SampledBudget", "sampled_budget"]
 
 
-def calibration_budget(
+def sampled_budget(
     tuned: Samples, base: Samples | None = None, *, bins: int | str = "auto", beta: float | None = None
-) -> Budget:
+) -> SampledBudget:
     """Measure KL, P, S, C, C_fwd and C_JS with standard errors, bounds and 95 % limits.
 
     Both sample sets are pooled and weighted by the balance heuristic (`calibration.balance`). Bias and
@@ -72,7 +72,7 @@ def calibration_budget(
     spread = tilt_spread(cells, h, k) if base is not None else None
     corrected, bound = _binning(cells, weights, used_beta)
     n = int(cells.n.sum())
-    budget = Budget(
+    budget = SampledBudget(
         **parts,
         C_JS=symmetric,
         beta_fit=_beta(cells, paid, base is not None),

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kl_rl.calibration.balance import Balance
-from kl_rl.calibration.levels import Cells
 from kl_rl.core.estimate import Estimate, poisson_upper_limit
+from kl_rl.measure.calibration.balance import Balance
+from kl_rl.measure.calibration.levels import Cells
 
 __all__ = ["Unreached", "lower_bound", "merged_plug_in", "unreached_levels", "unseen_mass", "upper_bound"]
 

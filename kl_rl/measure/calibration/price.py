@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kl_rl.calibration.jackknife import prompt_left_out
-from kl_rl.calibration.levels import Cells
+from kl_rl.measure.calibration.jackknife import prompt_left_out
+from kl_rl.measure.calibration.levels import Cells
 
 __all__ = ["Price", "fit_tilts", "log_moments", "price", "tilt_spread"]
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kl_rl.samples import Samples
+from kl_rl.measure.samples import Samples
 
 __all__ = ["Binning", "Cells", "build_cells", "distinct_levels", "quantile_bins"]
 

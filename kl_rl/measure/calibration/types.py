@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from kl_rl.core.estimate import Estimate
 
-__all__ = ["Bounded", "Budget"]
+__all__ = ["Bounded", "SampledBudget"]
 
 
 class Bounded(NamedTuple):
@@ -26,7 +26,7 @@ class Bounded(NamedTuple):
     upper_bound: Estimate | None = None
 
 
-class Budget(NamedTuple):
+class SampledBudget(NamedTuple):
     """All that the samples say about one fine-tune; divergences in nats, averaged over prompts.
 
     Attributes:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kl_rl.calibration.levels import Cells
 from kl_rl.core.estimate import student_quantile
+from kl_rl.measure.calibration.levels import Cells
 
 __all__ = ["Jackknife", "delete_one", "jackknife", "prompt_left_out"]
 

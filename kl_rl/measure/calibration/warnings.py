@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from kl_rl.calibration.levels import Cells
-from kl_rl.calibration.types import Budget
 from kl_rl.core.estimate import mean_estimate
+from kl_rl.measure.calibration.levels import Cells
+from kl_rl.measure.calibration.types import SampledBudget
 
 __all__ = ["find_warnings"]
 
 
-def find_warnings(cells: Cells, budget: Budget, with_base: bool) -> list[str]:
+def find_warnings(cells: Cells, budget: SampledBudget, with_base: bool) -> list[str]:
     """All warnings that apply to a budget.
 
     Args:
@@ -36,7 +36,7 @@ def _identical(cells: Cells) -> str:
     return "Tuned and base look identical: every sample has the same log-probability under both."
 
 
-def _swapped(budget: Budget) -> str:
+def _swapped(budget: SampledBudget) -> str:
     kl = budget.kl.value or 0.0
     if kl >= -3.0 * (budget.kl.stderr or 0.0):
         return ""
@@ -71,7 +71,7 @@ def _constant_reward(cells: Cells) -> str:
     return "All rewards are in one level: P and S are 0 and C is the whole KL."
 
 
-def _thin_levels(cells: Cells, budget: Budget) -> str:
+def _thin_levels(cells: Cells, budget: SampledBudget) -> str:
     """Cells with fewer than two samples cannot show a difference inside them."""
     share = float(np.mean((cells.per_cell() < 2)[cells.cell]))
     if share <= 0.01:
@@ -82,7 +82,7 @@ def _thin_levels(cells: Cells, budget: Budget) -> str:
     )
 
 
-def _coverage(cells: Cells, budget: Budget) -> list[str]:
+def _coverage(cells: Cells, budget: SampledBudget) -> list[str]:
     """Levels of the tuned samples that the base samples miss."""
     found = []
     empty = cells.per_cell(None, True) == 0
@@ -132,7 +132,7 @@ def _normalization(cells: Cells, with_base: bool) -> list[str]:
     return found
 
 
-def _effective(budget: Budget) -> list[str]:
+def _effective(budget: SampledBudget) -> list[str]:
     """Importance weights carried by few samples."""
     found = []
     for who, size, total in (
@@ -149,7 +149,7 @@ def _effective(budget: Budget) -> list[str]:
     return found
 
 
-def _binning(budget: Budget) -> str:
+def _binning(budget: SampledBudget) -> str:
     c = budget.C.value or 0.0
     if budget.bins == "exact" or not budget.binning_bound > 0.1 * c:
         return ""
@@ -160,7 +160,7 @@ def _binning(budget: Budget) -> str:
     )
 
 
-def _wide(budget: Budget) -> list[str]:
+def _wide(budget: SampledBudget) -> list[str]:
     """Intervals that say little: wider than the value and than a tenth of KL."""
     found = []
     scale = abs(budget.kl.value or 0.0)
