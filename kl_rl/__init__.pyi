@@ -1,4 +1,3 @@
-from . import checkpoint as checkpoint
 from . import core as core
 from . import data as data
 from . import exact as exact
@@ -9,6 +8,7 @@ from . import models as models
 from . import objectives as objectives
 from . import plan as plan
 from . import sharding as sharding
+from . import storage as storage
 from . import tokenizer as tokenizer
 from . import training as training
 from . import worlds as worlds

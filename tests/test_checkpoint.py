@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kl_rl.checkpoint import Checkpoints, DamagedCheckpoint, SaveError, outline
-from kl_rl.checksum import checksums
 from kl_rl.sharding import make_mesh, place
+from kl_rl.storage.checkpoint import Checkpoints, DamagedCheckpoint, SaveError, outline
+from kl_rl.storage.checksum import checksums
 
 
 def test_a_missing_checkpoint_is_said(tmp_path):

@@ -17,12 +17,8 @@ import pytest
 from checkpoint_files import HERE, assert_trees_equal, weight_files
 from safetensors.numpy import load_file, save_file
 
-from kl_rl.huggingface import (
-    CheckpointError,
-    disk,
-    load_checkpoint,
-    save_checkpoint,
-)
+from kl_rl.huggingface import CheckpointError, load_checkpoint, save_checkpoint
+from kl_rl.storage import disk
 
 
 def test_missing_files_are_named(copy, tmp_path):

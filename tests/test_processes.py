@@ -15,9 +15,9 @@ import pytest
 from safetensors.numpy import load_file
 from training_world import FILES, contents, make_world
 
-from kl_rl.checkpoint import Checkpoints
 from kl_rl.cli import main
-from kl_rl.processes import Group, agreed, is_first, join, named, share, summed, whole
+from kl_rl.sharding.processes import Group, agreed, is_first, join, named, share, summed, whole
+from kl_rl.storage.checkpoint import Checkpoints
 
 MESH = ("--mesh", "data=2,fsdp=2")
 SIZE = (

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kl_rl.session import OutputError, Session, opened
-from kl_rl.training.journal import Journal
+from kl_rl.storage.folder import OutputError, Session, opened
+from kl_rl.storage.journal import Journal
 
 
 def test_output_folders_that_cannot_be_used(tmp_path):

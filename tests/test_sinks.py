@@ -6,8 +6,8 @@ import types
 import pytest
 
 from kl_rl.cli.train import _run_name
-from kl_rl.training.errors import TrainingError
-from kl_rl.training.sinks import tensorboard_sink, tracking_sink
+from kl_rl.storage.errors import TrainingError
+from kl_rl.storage.trackers import tensorboard_sink, tracking_sink
 
 
 def tracker(calls):

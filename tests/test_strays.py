@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kl_rl.strays import only_the_exception
+from kl_rl.storage.strays import only_the_exception
 
 
 @pytest.fixture

@@ -16,18 +16,18 @@ MODULES = sorted(p.relative_to(PACKAGE).with_suffix("").as_posix() for p in PACK
 
 # Lower number: further down. A module imports from its own layer or below; leaves are imported by leaves only.
 LAYERS = {
-    0: "core processes checksum strays  objectives ".split(),
+    0: "core  objectives ".split(),
     1: "      ".split(),
     2: "methods".split(),
     3: "exact".split(),
     4: "measure".split(),
-    5: "models worlds sharding checkpoint oracle huggingface tokenizer data session training plan compare cli".split()
+    5: "models worlds sharding storage oracle huggingface tokenizer data training plan compare cli".split()
     + ["__main__", "__init__"],
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 CONFINED = {
     "flax": {"models", "core"},
-    "orbax": {"checkpoint"},
+    "orbax": {"storage"},
     "numpyro": {"oracle"},
     "matplotlib": {"compare", "cli"},
     "chex": set(),

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from training_world import contents, make_world, programs_kept
 
-from kl_rl.checkpoint import Checkpoints
 from kl_rl.compare.catalogue import CATALOGUE
 from kl_rl.core.rollout import score
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.huggingface import load_checkpoint
+from kl_rl.storage.checkpoint import Checkpoints
 from kl_rl.training import (
     BadRewardValue,
     Diverged,
@@ -280,7 +280,7 @@ def test_names_of_the_hub_are_bases_and_rewards(world, monkeypatch, tmp_path):
 
 
 def test_a_signal_during_the_agreement_counts_at_the_next_step(monkeypatch):
-    from kl_rl.training import preemption
+    from kl_rl.storage import preemption
 
     with preemption.Preemption() as asked_to_stop:
 

@@ -127,7 +127,7 @@ def test_sigkill_at_any_moment(world, finished, tmp_path):
 
 def test_a_second_process_and_changed_settings_are_refused(world, finished, tmp_path, capsys):
     from kl_rl.cli import main
-    from kl_rl.session import opened
+    from kl_rl.storage.folder import opened
 
     out = tmp_path / "run"
     command = [str(x) for x in train_command(world, out, "rlhf")]

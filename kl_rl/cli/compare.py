@@ -102,7 +102,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 
 def _run_world(args: argparse.Namespace, folder: Path, progress) -> dict[str, Any]:
-    from kl_rl import session
+    from kl_rl import storage
     from kl_rl.compare import main, tabular
     from kl_rl.compare.catalogue import methods_named
     from kl_rl.compare.extras import measure_extras
@@ -114,7 +114,7 @@ def _run_world(args: argparse.Namespace, folder: Path, progress) -> dict[str, An
     check_world(world)
     settings = {"world": world.spec, "methods": [m.name for m in methods], **plan._asdict()}
     settings = json.loads(json.dumps(settings))
-    with session.opened(folder, settings, resume=args.resume) as opened:
+    with storage.opened(folder, settings, resume=args.resume) as opened:
         stopped = False
         try:
             tabular.run_tabular(world, methods, plan, opened, progress, measure_extras)
@@ -128,7 +128,7 @@ def _run_world(args: argparse.Namespace, folder: Path, progress) -> dict[str, An
 
 
 def _run_text(args: argparse.Namespace, folder: Path, progress) -> dict[str, Any]:
-    from kl_rl import session
+    from kl_rl import storage
     from kl_rl.compare import main, text
 
     plan = text.TextPlan()
@@ -136,8 +136,8 @@ def _run_text(args: argparse.Namespace, folder: Path, progress) -> dict[str, Any
     methods = args.methods or list(text.DEFAULT_METHODS)
     settings = {"text": args.text, "reward": args.reward, "methods": methods, "seeds": args.seeds or 1}
     settings = json.loads(json.dumps(settings | plan._asdict()))
-    with session.opened(folder, settings, resume=args.resume) as opened:
-        about, stopped = session.provenance(), False
+    with storage.opened(folder, settings, resume=args.resume) as opened:
+        about, stopped = storage.provenance(), False
         done = frozenset((r["method"], r["knob_value"], r["seed"]) for r in opened.rows("results.jsonl"))
 
         def keep_facts(facts: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ def _run_text(args: argparse.Namespace, folder: Path, progress) -> dict[str, Any
                 f"{facts['alphabet_size']} characters, completions of {plan.horizon}, {plan.steps} steps of "
                 f"{plan.num_samples} samples; no exact truth: estimates with 95 % intervals."
             )
-            session.write_atomically(
+            storage.write_atomically(
                 folder / "world.json", json.dumps(facts | {"subtitle": subtitle}, indent=1) + "\n"
             )
 
@@ -218,7 +218,7 @@ def run(args: argparse.Namespace) -> int:
     with live_progress() as progress:
         data = (_run_world if args.text is None else _run_text)(args, folder, progress)
     if args.json:
-        from kl_rl.session import clean
+        from kl_rl.storage.folder import clean
 
         kept = {k: v for k, v in data.items() if k not in ("rows", "curves")}
         print(json.dumps(clean(kept), allow_nan=False))

@@ -15,8 +15,8 @@ __all__ = ["held", "said_how_to_resume"]
 
 @contextlib.contextmanager
 def _opened(folder: Path, settings: dict[str, Any], resume: bool) -> Iterator[None]:
-    from kl_rl.processes import is_first, same
-    from kl_rl.session import OutputError, opened, provenance, write_atomically
+    from kl_rl.sharding.processes import is_first, same
+    from kl_rl.storage.folder import OutputError, opened, provenance, write_atomically
 
     if not same(json.dumps(settings, sort_keys=True)):
         raise OutputError("the processes were not asked the same: give all the same options and files")
@@ -43,8 +43,8 @@ def held(folder: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[No
     Raises:
       OutputError: held by another process, of another run, or not to be written.
     """
-    from kl_rl.processes import agreed, is_first
-    from kl_rl.session import OutputError
+    from kl_rl.sharding.processes import agreed, is_first
+    from kl_rl.storage.folder import OutputError
 
     with contextlib.ExitStack() as stack:
         problem: Exception | None = None
@@ -82,8 +82,8 @@ def said_how_to_resume(command: str, folder: Path, *, skips: bool = False) -> It
 
     ``skips``: bad rewards are skipped already. In many processes all have the same status, and the first speaks.
     """
-    from kl_rl.checkpoint import SaveError, is_full
-    from kl_rl.processes import is_first
+    from kl_rl.sharding.processes import is_first
+    from kl_rl.storage.checkpoint import SaveError, is_full
     from kl_rl.training import BadRewardValue, Diverged, Stopped
 
     say = lambda text: print(f"kl-rl {command}: {text}", file=sys.stderr) if is_first() else None

@@ -161,7 +161,7 @@ def _run_name(folder: Path) -> str:
 
 
 def _sinks(args: argparse.Namespace, folder: Path, settings: Any) -> Any:
-    from kl_rl.training.sinks import tensorboard_sink, tracking_sink
+    from kl_rl.storage.trackers import tensorboard_sink, tracking_sink
 
     def make(step: int) -> list[Any]:
         found = [tensorboard_sink(folder / "tensorboard", step)] if args.tensorboard else []
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
     from kl_rl.cli.cache import use_cache
     from kl_rl.cli.progress import live_progress
     from kl_rl.cli.running import held, said_how_to_resume
-    from kl_rl.processes import is_first
+    from kl_rl.sharding.processes import is_first
     from kl_rl.training.methods import choose
     from kl_rl.training.model import fingerprint, model_folder
     from kl_rl.training.train import train
@@ -222,8 +222,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _use_devices(args: argparse.Namespace, settings: Any) -> None:
     """Join the other processes, and let a CPU be as many devices as its part of the mesh has."""
-    from kl_rl.processes import join, named
     from kl_rl.sharding import split_cpu
+    from kl_rl.sharding.processes import join, named
 
     axes, spread = dict(settings.learning.mesh), args.distributed is not None
     if spread and not axes:
@@ -250,7 +250,7 @@ def _sparse(live: Any, steps: int) -> Any:
 
 def _print(args: argparse.Namespace, folder: Path, result: dict[str, Any], seconds: float) -> None:
     if args.json:
-        from kl_rl.session import clean
+        from kl_rl.storage.folder import clean
 
         print(json.dumps(clean(result), allow_nan=False))
         return

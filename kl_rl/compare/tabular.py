@@ -17,7 +17,7 @@ from kl_rl.compare.problem import Problem, make_problem, mean_at_fraction
 from kl_rl.compare.reference import flow_curves, reference_laws
 from kl_rl.compare.rows import exact_budgets, sampled_interval
 from kl_rl.compare.runner import Plan, Trained, train
-from kl_rl.session import Session, provenance, write_atomically
+from kl_rl.storage.folder import Session, provenance, write_atomically
 from kl_rl.worlds import World
 
 __all__ = ["describe", "run_tabular"]

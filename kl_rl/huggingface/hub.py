@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from kl_rl.huggingface.disk import previous
+from kl_rl.storage.disk import previous
 
 __all__ = ["resolve"]
 

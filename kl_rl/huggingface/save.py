@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 
-from kl_rl.huggingface.disk import check_space, replaced
 from kl_rl.huggingface.layout import INDEX, Layout
 from kl_rl.huggingface.load import CONFIG, Checkpoint, read_json
 from kl_rl.huggingface.read_config import model_type
@@ -27,7 +26,8 @@ from kl_rl.huggingface.write_weights import (
     write_file,
 )
 from kl_rl.models.config import DecoderConfig
-from kl_rl.processes import is_first
+from kl_rl.sharding.processes import is_first
+from kl_rl.storage.disk import check_space, replaced
 
 __all__ = ["save_checkpoint"]
 

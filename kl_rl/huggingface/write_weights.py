@@ -17,7 +17,7 @@ from kl_rl.huggingface.layout import SINGLE, Layout
 from kl_rl.huggingface.names import HEAD, Piece, pieces, prefix
 from kl_rl.huggingface.safetensors_file import DTYPES, Stored, TensorFile, header_bytes
 from kl_rl.models.config import DecoderConfig
-from kl_rl.processes import whole
+from kl_rl.sharding.processes import whole
 
 __all__ = ["OutFile", "fresh_files", "index_text", "same_files", "tensor_sources", "tensors_of", "write_file"]
 

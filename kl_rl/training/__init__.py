@@ -7,7 +7,7 @@
 ``train`` is that loop with checkpoints, measurements and files around it.
 """
 
-from kl_rl.training.errors import BadRewardValue, Stopped, TrainingError
+from kl_rl.storage.errors import BadRewardValue, Stopped, TrainingError
 from kl_rl.training.evaluate import Measured, evaluation
 from kl_rl.training.export import export
 from kl_rl.training.job import Job, make_job

@@ -14,7 +14,7 @@ from kl_rl.core.policy import Policy
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.models import Execution
 from kl_rl.sharding import AXES, check_mesh, make_mesh, place, put, replicated
-from kl_rl.training.errors import TrainingError
+from kl_rl.storage.errors import TrainingError
 from kl_rl.training.logged import load_logged
 from kl_rl.training.methods import Chosen, choose
 from kl_rl.training.model import Model, architecture, load_model, with_returns

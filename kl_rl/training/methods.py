@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from kl_rl.compare.catalogue import CATALOGUE, Method
+from kl_rl.storage.errors import TrainingError
 from kl_rl.training import memory
-from kl_rl.training.errors import TrainingError
 from kl_rl.training.memory import Memory
 from kl_rl.training.settings import Settings, Task
 

@@ -15,8 +15,8 @@ from kl_rl.core.policy import Policy
 from kl_rl.huggingface import Checkpoint, CheckpointError, load_checkpoint, read_config, resolve
 from kl_rl.models import DecoderConfig, Execution, decoder_policy, decoder_twist, lora_policy
 from kl_rl.sharding import weight_sharding
+from kl_rl.storage.errors import TrainingError
 from kl_rl.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from kl_rl.training.errors import TrainingError
 
 __all__ = [
     "RETURN_TOKENS",

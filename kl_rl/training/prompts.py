@@ -11,7 +11,7 @@ import numpy as np
 
 from kl_rl.data import DataError, Encoder, Limits, PromptRecord, load_records
 from kl_rl.data.row import Content
-from kl_rl.training.errors import TrainingError
+from kl_rl.storage.errors import TrainingError
 from kl_rl.training.model import Model, begin_of
 from kl_rl.training.returns import with_place
 from kl_rl.training.rewards import PromptText

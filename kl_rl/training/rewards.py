@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kl_rl.processes import agreed, share, summed
-from kl_rl.training.errors import BadRewardValue, TrainingError
+from kl_rl.sharding.processes import agreed, share, summed
+from kl_rl.storage.errors import BadRewardValue, TrainingError
 
 __all__ = ["HostReward", "PromptText", "load_reward", "one_by_one", "rewards_of"]
 

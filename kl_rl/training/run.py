@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from kl_rl.core.trajectories import Trajectories
-from kl_rl.processes import whole
+from kl_rl.sharding.processes import whole
+from kl_rl.storage.errors import BadRewardValue
 from kl_rl.tokenizer import Tokenizer
-from kl_rl.training.errors import BadRewardValue
 from kl_rl.training.job import Job
 from kl_rl.training.memory import Ring
 from kl_rl.training.model import RETURN_TOKENS

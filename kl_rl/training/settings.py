@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from kl_rl.training.errors import TrainingError
+from kl_rl.storage.errors import TrainingError
 
 __all__ = ["Learning", "PretrainPlan", "Saving", "Settings", "Sizes", "Task"]
 

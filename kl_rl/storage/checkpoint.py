@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl.checksum import checksums
-from kl_rl.processes import agreed, is_first
-from kl_rl.strays import only_the_exception
+from kl_rl.sharding.processes import agreed, is_first
+from kl_rl.storage.checksum import checksums
+from kl_rl.storage.strays import only_the_exception
 
 __all__ = ["Checkpoints", "DamagedCheckpoint", "Recovered", "SaveError", "is_full", "outline"]
 

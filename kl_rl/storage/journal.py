@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from kl_rl.processes import is_first
-from kl_rl.session import clean
+from kl_rl.sharding.processes import is_first
+from kl_rl.storage.folder import clean
 
 __all__ = ["Journal", "open_journal"]
 

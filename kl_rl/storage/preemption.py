@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from kl_rl.processes import agreed
+from kl_rl.sharding.processes import agreed
 
 __all__ = ["Preemption"]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from kl_rl.checkpoint import Checkpoints, DamagedCheckpoint
-from kl_rl.training.errors import Stopped, TrainingError
-from kl_rl.training.journal import Journal, open_journal
-from kl_rl.training.preemption import Preemption
+from kl_rl.storage.checkpoint import Checkpoints, DamagedCheckpoint
+from kl_rl.storage.errors import Stopped, TrainingError
+from kl_rl.storage.journal import Journal, open_journal
+from kl_rl.storage.preemption import Preemption
 
 __all__ = ["Kept", "Position", "pick_up", "run_steps", "to_stderr"]
 

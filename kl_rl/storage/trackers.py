@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from kl_rl.training.errors import TrainingError
+from kl_rl.storage.errors import TrainingError
 
 __all__ = ["Sink", "tensorboard_sink", "tracking_sink"]
 

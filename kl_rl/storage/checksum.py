@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from kl_rl.processes import is_first, summed
+from kl_rl.sharding.processes import is_first, summed
 
 __all__ = ["checksums"]
 

@@ -1,0 +1,15 @@
+from . import processes as processes
+from .mesh import AXES as AXES
+from .mesh import make_mesh as make_mesh
+from .mesh import split_cpu as split_cpu
+from .placement import place as place
+from .placement import place_batch as place_batch
+from .placement import put as put
+from .placement import replicated as replicated
+from .placement import shardings as shardings
+from .rules import MESH_AXES as MESH_AXES
+from .rules import PARAMETERS as PARAMETERS
+from .rules import check_mesh as check_mesh
+from .rules import parameter_spec as parameter_spec
+from .rules import weight_sharding as weight_sharding
+from .step import jit_step as jit_step
