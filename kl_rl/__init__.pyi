@@ -7,6 +7,8 @@ from . import methods as methods
 from . import models as models
 from . import objectives as objectives
 from . import plan as plan
+from . import raters as raters
+from . import rewards as rewards
 from . import sharding as sharding
 from . import storage as storage
 from . import tokenizer as tokenizer

@@ -10,7 +10,7 @@ from test_families import METHODS, source_for
 from kl_rl import exact
 from kl_rl.core.posterior import Posterior
 from kl_rl.methods import fit
-from kl_rl.oracle import as_numpyro
+from kl_rl.raters.numpyro_bridge import as_numpyro
 from kl_rl.sharding import make_mesh, place
 from kl_rl.storage.checkpoint import Checkpoints
 

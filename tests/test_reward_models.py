@@ -11,12 +11,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from kl_rl.huggingface import CheckpointError, load_reward_model
+from kl_rl.huggingface.opened import begin_of, load_model
 from kl_rl.models import last_hidden
+from kl_rl.rewards.host import PromptText, load_reward, rewards_of
 from kl_rl.tokenizer import load_tokenizer
 from kl_rl.training import Settings, Sizes, Task, TrainingError
-from kl_rl.training.model import begin_of, load_model
 from kl_rl.training.prompts import load_prompts
-from kl_rl.training.rewards import PromptText, load_reward, rewards_of
 
 HERE = Path(__file__).parent / "checkpoints" / "reward_models"
 NAMES = sorted(path.parent.name for path in HERE.glob("*/config.json"))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kl_rl.worlds.lexicon import load_reward
-from kl_rl.worlds.text_reward import BadReward, TextReward
+from kl_rl.rewards.lexicon import load_lexicon
+from kl_rl.rewards.lexicon_text import BadReward, TextReward
 
 
 @pytest.mark.parametrize("case", [False, True])
@@ -46,7 +46,7 @@ def test_patterns_match_the_host_inside_jit_and_vmap(tmp_path):
     path.write_text(
         json.dumps({"patterns": [{"pattern": "A+", "weight": 2}, {"pattern": "b$", "weight": -0.5}]})
     )
-    reward, alphabet = load_reward(path), "ab "
+    reward, alphabet = load_lexicon(path), "ab "
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 50, 6)))
     scorer, prompt = reward.compile(alphabet), jnp.full((2, 1, 1), 3)
     device = jax.jit(jax.vmap(lambda x, y: scorer(x, y, jnp.ones(y.shape))))(prompt, tokens)
@@ -58,10 +58,10 @@ def test_patterns_match_the_host_inside_jit_and_vmap(tmp_path):
 def test_tab_separated_word_list(tmp_path):
     path = tmp_path / "list.txt"
     path.write_text(":)\t2.0\t1.0\t[1, 2]\nGood\t1.9\t0.9\t[2]\nmeh\t-0.1\t0.3\t[0]\nso so\t1\nbad\t-2.4\n")
-    reward = load_reward(path)
+    reward = load_lexicon(path)
     assert dict(reward.words) == {"good": 2.0, "bad": -2.5}
     assert reward.skipped == 3
-    assert dict(load_reward(path, round_to=0.1).words) == pytest.approx(
+    assert dict(load_lexicon(path, round_to=0.1).words) == pytest.approx(
         {"good": 1.9, "meh": -0.1, "bad": -2.4}
     )
 
@@ -69,7 +69,7 @@ def test_tab_separated_word_list(tmp_path):
 def test_json_word_list_with_options(tmp_path):
     path = tmp_path / "list.json"
     path.write_text('{"lexicon": {"Good": 1, "bad": -2}, "case": true, "scale": 0.5, "clip": 0.75}')
-    reward = load_reward(path)
+    reward = load_lexicon(path)
     assert reward.score("Good good bad bad ") == -0.75
     assert reward.score("Good Good ") == 0.75
     assert reward.score("Good ") == 0.5
@@ -100,7 +100,7 @@ def test_bad_json_rewards_are_named(tmp_path, content, words):
     path = tmp_path / "r.json"
     path.write_text(content)
     with pytest.raises(BadReward) as error:
-        load_reward(path)
+        load_lexicon(path)
     assert all(word in str(error.value) for word in [str(path), *words]), str(error.value)
 
 
@@ -118,14 +118,14 @@ def test_bad_word_lists_are_named(tmp_path, content, words):
     path = tmp_path / "r.tsv"
     path.write_bytes(content)
     with pytest.raises(BadReward) as error:
-        load_reward(path)
+        load_lexicon(path)
     assert all(word in str(error.value) for word in [str(path), *words]), str(error.value)
 
 
 def test_missing_reward_file_and_unspellable_words(tmp_path):
     with pytest.raises(BadReward, match="no such file"):
-        load_reward(tmp_path / "none.json")
+        load_lexicon(tmp_path / "none.json")
     with pytest.raises(BadReward, match="directory"):
-        load_reward(tmp_path)
+        load_lexicon(tmp_path)
     with pytest.raises(BadReward, match="spelled"):
         TextReward("w", (("good", 1.0),)).compile("abc ")

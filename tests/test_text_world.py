@@ -14,10 +14,10 @@ from kl_rl.compare.text import run as compare_text
 from kl_rl.compare.text.measure import measure
 from kl_rl.compare.text.problem import TextPlan, make_problem, score
 from kl_rl.compare.text.reference import control
-from kl_rl.worlds.lexicon import default_reward
+from kl_rl.rewards.lexicon import default_reward
+from kl_rl.rewards.lexicon_text import BadReward, TextReward
 from kl_rl.worlds.text import BadText, load_text, make_corpus
 from kl_rl.worlds.text_base import BasePlan, held_out_loss, load_or_train
-from kl_rl.worlds.text_reward import BadReward, TextReward
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

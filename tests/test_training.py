@@ -16,6 +16,8 @@ from kl_rl.compare.catalogue import CATALOGUE
 from kl_rl.core.rollout import score
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.huggingface import load_checkpoint
+from kl_rl.huggingface.opened import model_folder
+from kl_rl.rewards.host import HostReward, load_reward, one_by_one, rewards_of
 from kl_rl.storage.checkpoint import Checkpoints
 from kl_rl.training import (
     BadRewardValue,
@@ -36,11 +38,9 @@ from kl_rl.training import (
 )
 from kl_rl.training import memory as memories
 from kl_rl.training.job import Job
-from kl_rl.training.model import model_folder
 from kl_rl.training.pretraining import planned_steps, read_text
 from kl_rl.training.prompts import order_of, split_rows
 from kl_rl.training.returns import return_edges
-from kl_rl.training.rewards import HostReward, load_reward, one_by_one, rewards_of
 from kl_rl.training.run import blank, decoded
 
 TINY = PretrainPlan(steps=200, width=32, layers=1, heads=2, context=40, batch=16, learning_rate=5e-3)

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from kl_rl.cli.cache import use_cache
     from kl_rl.cli.progress import live_progress
     from kl_rl.cli.running import held, said_how_to_resume
-    from kl_rl.training.model import fingerprint
+    from kl_rl.huggingface.opened import fingerprint
     from kl_rl.training.pretraining import pretrain, read_text
     from kl_rl.training.settings import PretrainPlan
 

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
     from kl_rl.core.streaming import stream
     from kl_rl.core.transform import Transform
-    from kl_rl.training.model import begin_of, load_model, model_folder
+    from kl_rl.huggingface.opened import begin_of, load_model, model_folder
     from kl_rl.training.returns import deployed_policy, with_place
 
     model = load_model(args.model)

@@ -7,11 +7,11 @@
 ``train`` is that loop with checkpoints, measurements and files around it.
 """
 
+from kl_rl.huggingface.opened import load_model
 from kl_rl.storage.errors import BadRewardValue, Stopped, TrainingError
 from kl_rl.training.evaluate import Measured, evaluation
 from kl_rl.training.export import export
 from kl_rl.training.job import Job, make_job
-from kl_rl.training.model import load_model
 from kl_rl.training.pretraining import pretrain
 from kl_rl.training.programs import Run
 from kl_rl.training.run import Diverged, advance, start

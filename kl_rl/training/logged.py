@@ -15,9 +15,9 @@ from kl_rl.data import (
     grouped,
     load_records,
 )
+from kl_rl.huggingface.opened import Model
 from kl_rl.storage.errors import TrainingError
 from kl_rl.training.methods import Chosen
-from kl_rl.training.model import Model
 from kl_rl.training.prompts import Prompts, encoded, encoder_of
 from kl_rl.training.settings import Settings
 

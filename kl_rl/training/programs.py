@@ -21,11 +21,11 @@ from kl_rl.core.rollout import score
 from kl_rl.core.sampler import generate
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.core.transform import Transform
+from kl_rl.huggingface.opened import RETURN_TOKENS, first_policy, twist_head
 from kl_rl.methods.algorithm import Algorithm, Info, State
 from kl_rl.models import DecoderConfig, constant_twist
 from kl_rl.sharding import shardings
 from kl_rl.training.memory import Memory
-from kl_rl.training.model import RETURN_TOKENS, first_policy, twist_head
 from kl_rl.training.settings import Sizes
 from kl_rl.training.shared import attach, detach
 

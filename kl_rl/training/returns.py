@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kl_rl.core.policy import Policy, mixture
+from kl_rl.huggingface.opened import RETURN_TOKENS
 from kl_rl.storage.errors import TrainingError
-from kl_rl.training.model import RETURN_TOKENS
 
 __all__ = ["RETURNS_FILE", "deployed_policy", "return_edges", "with_place", "write_returns"]
 

@@ -13,8 +13,8 @@ from kl_rl.compare.text.reference import tilted_expectation
 from kl_rl.core.estimate import Estimate, mean_estimate
 from kl_rl.core.policy import Policy
 from kl_rl.measure.calibration import Bounded, SampledBudget, sampled_budget
+from kl_rl.rewards.lexicon_text import words_in
 from kl_rl.worlds.text_base import held_out_loss
-from kl_rl.worlds.text_reward import words_in
 
 __all__ = ["attractor", "base_row", "budget_row", "measure", "previews"]
 

@@ -15,9 +15,9 @@ from kl_rl.compare.text.knobs import targets
 from kl_rl.core.policy import Policy, sequence_log_prob
 from kl_rl.core.rollout import sample
 from kl_rl.measure.samples import Samples
+from kl_rl.rewards.lexicon_text import BadReward, TextReward
 from kl_rl.worlds.text import Corpus
 from kl_rl.worlds.text_base import RETURN_TOKENS, BasePlan, TextBase, load_or_train
-from kl_rl.worlds.text_reward import BadReward, TextReward
 
 __all__ = ["Drawn", "TextPlan", "TextProblem", "draw", "flat_samples", "make_problem", "score"]
 

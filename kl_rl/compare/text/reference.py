@@ -15,7 +15,7 @@ from kl_rl.core import numerics
 from kl_rl.core.estimate import Estimate, mean_estimate
 from kl_rl.core.policy import Policy
 from kl_rl.measure.samples import Samples
-from kl_rl.worlds.text_reward import in_word
+from kl_rl.rewards.lexicon_text import in_word
 
 __all__ = ["Control", "LogZ", "control", "log_normalizer", "posterior_row", "tilted_expectation"]
 

@@ -26,10 +26,10 @@ from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior
 from kl_rl.measure.calibration import sampled_budget
 from kl_rl.methods import fit
-from kl_rl.worlds.lexicon import default_reward, load_reward
+from kl_rl.rewards.lexicon import default_reward, load_lexicon
+from kl_rl.rewards.lexicon_text import words_in
 from kl_rl.worlds.text import load_text
 from kl_rl.worlds.text_base import RETURN_TOKENS
-from kl_rl.worlds.text_reward import words_in
 
 __all__ = ["DEFAULT_METHODS", "TextPlan", "TextResult", "run_text"]
 
@@ -260,7 +260,7 @@ def run_text(
 
     Args:
       text: a text file; None: English that comes with Python.
-      reward: a reward file (`load_reward`); None: a built-in word list.
+      reward: a reward file (`load_lexicon`); None: a built-in word list.
       methods: names or families of the catalogue; None: one or more of every family.
       seeds: of fine-tuning.
       out: folder for `base.npz` and `base.json`; None: nothing is kept.
@@ -280,7 +280,7 @@ def run_text(
     """
     plan = plan or TextPlan()
     chosen = methods_named(list(methods or DEFAULT_METHODS))
-    rewarded = default_reward() if reward is None else load_reward(reward)
+    rewarded = default_reward() if reward is None else load_lexicon(reward)
     problem = make_problem(load_text(text), rewarded, plan, out, base_seed, _part(progress, 0.0, 0.3))
     rows: list[Row] = []
 

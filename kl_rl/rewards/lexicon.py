@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kl_rl.worlds.text_reward import FINEST, BadReward, TextReward, in_word, normalized
+from kl_rl.rewards.lexicon_text import FINEST, BadReward, TextReward, in_word, normalized
 
-__all__ = ["BadReward", "TextReward", "default_reward", "load_reward"]
+__all__ = ["BadReward", "TextReward", "default_reward", "load_lexicon"]
 
 _KEYS = ("lexicon", "patterns", "case", "scale", "clip", "round_to")
 
 
-def load_reward(path: str | Path, *, round_to: float | None = None) -> TextReward:
+def load_lexicon(path: str | Path, *, round_to: float | None = None) -> TextReward:
     """Read a reward file.
 
     Formats: JSON ``{"lexicon": {"word": weight, ...}}`` or ``{"patterns": [{"pattern": "...", "weight": w},

@@ -92,11 +92,11 @@ def load_reward(spec: str) -> HostReward:
     if not spec.strip():
         raise TrainingError(f"--reward is empty; {_KINDS}")
     if path.is_dir():
-        from kl_rl.training.model_rewards import model_reward
+        from kl_rl.rewards.models import model_reward
 
         return HostReward(spec, model_reward(path))
     if path.suffix in (".json", ".tsv", ".txt") or (path.is_file() and path.suffix != ".py"):
-        from kl_rl.worlds.lexicon import load_reward as load_lexicon
+        from kl_rl.rewards.lexicon import load_lexicon
 
         lexicon = load_lexicon(path)
         values = one_by_one(lambda prompt, completion: lexicon.score(completion, prompt))
@@ -110,7 +110,7 @@ def load_reward(spec: str) -> HostReward:
 
 def _of_hub(name: str) -> Values:
     from kl_rl.huggingface import resolve
-    from kl_rl.training.model_rewards import model_reward
+    from kl_rl.rewards.models import model_reward
 
     try:
         return model_reward(resolve(name))

@@ -1,0 +1,1 @@
+from .numpyro_bridge import as_numpyro as as_numpyro
