@@ -5,7 +5,7 @@ python benchmarks/gpu.py --only train    # or decode, tests
 python benchmarks/gpu.py --tiny          # a toy model, to see that it works: on a CPU too
 
 Training: bfloat16 with float32 master weights and AdamW; of the batch sizes that fit, with and without recomputing
-layers, the fastest counts. Model-FLOP utilization is the operations the model asks for (kl_rl.plan.flops, recomputation
+layers, the fastest counts. Model-FLOP utilization is the operations the model asks for (runs/plan/flops, recomputation
 not counted) over wall time and the chip's peak. Decoding: bfloat16; the bound is the time the chip needs to read all
 weights that a token uses, and the cache written so far, once per token. The first tokens and the prompt are subtracted.
 """
@@ -65,7 +65,7 @@ CHIPS = {
 class Config:
     """Sizes."""
 
-    model: str = "1b"  # of kl_rl.plan: 1.10 billion parameters
+    model: str = "1b"  # of kl_rl.runs.plan: 1.10 billion parameters
     length: int = 2048
     batches: tuple[int, ...] = (16, 8, 4, 2, 1)
     remat: tuple[bool, ...] = (False, True)
@@ -102,7 +102,7 @@ def train_step(config: Config, batch: int, remat: bool) -> tuple[Callable[..., A
     import optax
 
     from kl_rl.models import Execution, init_weights, packed_log_probs
-    from kl_rl.plan import read_model
+    from kl_rl.runs.plan import read_model
 
     shape, optimizer = read_model(config.model), optax.adamw(1e-4)
     flash = "cudnn" if jax.devices()[0].platform == "gpu" else None
@@ -131,8 +131,8 @@ def time_training(config: Config, batch: int, remat: bool) -> dict[str, Any] | N
     """Seconds a step (median) and operations of a step; None if it does not fit into memory."""
     import jax
 
-    from kl_rl.plan import Setting, read_model
-    from kl_rl.plan.flops import forward_flops
+    from kl_rl.runs.plan import Setting, read_model
+    from kl_rl.runs.plan.flops import forward_flops
 
     step, begin = train_step(config, batch, remat)
     shape = read_model(config.model)
@@ -190,7 +190,7 @@ def train(config: Config, chip: Chip | None) -> tuple[list[Row], dict[str, Any]]
 def decode_bytes(config: Config) -> tuple[int, float]:
     """Bytes of the weights that a token uses, and of the cache that it reads on average; bfloat16."""
     from kl_rl.models import count_parameters
-    from kl_rl.plan import read_model
+    from kl_rl.runs.plan import read_model
 
     shape = read_model(config.model)
     looked_up = 0 if shape.tied else (shape.vocab + shape.extra) * shape.width
@@ -206,7 +206,7 @@ def decode(config: Config, chip: Chip | None) -> tuple[list[Row], dict[str, Any]
 
     import kl_rl
     from kl_rl.models import Execution, decoder_policy, init_weights
-    from kl_rl.plan import read_model
+    from kl_rl.runs.plan import read_model
 
     shape = read_model(config.model)
     weights = jax.jit(lambda key: init_weights(key, shape, jnp.bfloat16))(jax.random.key(config.seed))

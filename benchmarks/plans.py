@@ -18,7 +18,15 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from kl_rl.plan import Setting, as_json, as_text, find_topology, make_plan, parse_mesh, read_model
+from kl_rl.runs.plan import (
+    Setting,
+    as_json,
+    as_text,
+    find_topology,
+    make_plan,
+    parse_mesh,
+    read_model,
+)
 
 
 @dataclasses.dataclass(frozen=True)

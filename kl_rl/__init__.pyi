@@ -6,13 +6,12 @@ from . import measure as measure
 from . import methods as methods
 from . import models as models
 from . import objectives as objectives
-from . import plan as plan
 from . import raters as raters
 from . import rewards as rewards
+from . import runs as runs
 from . import sharding as sharding
 from . import storage as storage
 from . import tokenizer as tokenizer
-from . import training as training
 from . import worlds as worlds
 from .core.estimate import Estimate as Estimate
 from .core.policy import Policy as Policy

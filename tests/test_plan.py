@@ -11,7 +11,7 @@ import pytest
 from kl_rl.cli import main
 from kl_rl.models import DecoderConfig, count_parameters, forward, init_weights
 from kl_rl.models.config import Attention, Execution
-from kl_rl.plan import (
+from kl_rl.runs.plan import (
     PRESETS,
     Setting,
     as_json,
@@ -22,8 +22,8 @@ from kl_rl.plan import (
     read_model,
     step_flops,
 )
-from kl_rl.plan.compiled import count_collectives
-from kl_rl.plan.flops import forward_flops
+from kl_rl.runs.plan.compiled import count_collectives
+from kl_rl.runs.plan.flops import forward_flops
 
 TINY = dataclasses.replace(PRESETS["tiny"], layers=1)
 SMALL = Setting(prompts=4, prompt_length=4, horizon=4, samples=2)

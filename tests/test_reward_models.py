@@ -14,9 +14,10 @@ from kl_rl.huggingface import CheckpointError, load_reward_model
 from kl_rl.huggingface.opened import begin_of, load_model
 from kl_rl.models import last_hidden
 from kl_rl.rewards.host import PromptText, load_reward, rewards_of
+from kl_rl.runs import Settings, Sizes, Task
+from kl_rl.runs.prompts import load_prompts
+from kl_rl.storage.errors import TrainingError
 from kl_rl.tokenizer import load_tokenizer
-from kl_rl.training import Settings, Sizes, Task, TrainingError
-from kl_rl.training.prompts import load_prompts
 
 HERE = Path(__file__).parent / "checkpoints" / "reward_models"
 NAMES = sorted(path.parent.name for path in HERE.glob("*/config.json"))

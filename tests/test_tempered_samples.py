@@ -10,7 +10,7 @@ from test_families import BETA, METHODS, at_fixed_point, ipo_law, source_for
 from kl_rl import exact
 from kl_rl.compare.catalogue import CATALOGUE
 from kl_rl.core.posterior import Posterior
-from kl_rl.training.methods import TAKES_SAMPLES_AS_DRAWN
+from kl_rl.runs.methods import TAKES_SAMPLES_AS_DRAWN
 
 CORRECTED = {
     "reinforce", "reward_weighted", "vargrad", "trajectory_balance", "subtrajectory_balance", "path_consistency",

@@ -18,30 +18,28 @@ from kl_rl.core.trajectories import Trajectories
 from kl_rl.huggingface import load_checkpoint
 from kl_rl.huggingface.opened import model_folder
 from kl_rl.rewards.host import HostReward, load_reward, one_by_one, rewards_of
-from kl_rl.storage.checkpoint import Checkpoints
-from kl_rl.training import (
-    BadRewardValue,
+from kl_rl.runs import (
     Diverged,
     Learning,
     PretrainPlan,
     Saving,
     Settings,
     Sizes,
-    Stopped,
     Task,
-    TrainingError,
     advance,
     make_job,
     pretrain,
     start,
     train,
 )
-from kl_rl.training import memory as memories
-from kl_rl.training.job import Job
-from kl_rl.training.pretraining import planned_steps, read_text
-from kl_rl.training.prompts import order_of, split_rows
-from kl_rl.training.returns import return_edges
-from kl_rl.training.run import blank, decoded
+from kl_rl.runs import memory as memories
+from kl_rl.runs.job import Job
+from kl_rl.runs.pretrain import planned_steps, read_text
+from kl_rl.runs.prompts import order_of, split_rows
+from kl_rl.runs.returns import return_edges
+from kl_rl.runs.step import blank, decoded
+from kl_rl.storage.checkpoint import Checkpoints
+from kl_rl.storage.errors import BadRewardValue, Stopped, TrainingError
 
 TINY = PretrainPlan(steps=200, width=32, layers=1, heads=2, context=40, batch=16, learning_rate=5e-3)
 SIZES = Sizes(steps=4, batch=2, num_samples=4, horizon=8, held_out=2, eval_every=2, eval_samples=4)
@@ -236,7 +234,7 @@ def test_what_diverges_is_never_saved(name, world, tmp_path, monkeypatch):
 
         return job._replace(programs=job.programs._replace(step=step))
 
-    module = sys.modules["kl_rl.training.train"]
+    module = sys.modules["kl_rl.runs.train"]
     monkeypatch.setattr(module, "make_job", lambda settings: ruined(make_job(settings)))
     settings, folder = asked(world, "rlhf"), fresh_folder(tmp_path, "run")
     settings = dataclasses.replace(settings, saving=Saving(save_every=1))
@@ -296,7 +294,7 @@ def test_a_signal_during_the_agreement_counts_at_the_next_step(monkeypatch):
 
 def test_a_bad_sample_is_replaced_by_a_good_one_of_its_group(world):
     """Skipping: what is learned from is exactly the good samples, and the bad ones are counted."""
-    from kl_rl.training.run import _mended
+    from kl_rl.runs.step import _mended
 
     tokens = np.arange(3 * 4 * 2).reshape(3, 4, 2)
     prompt, flat = np.arange(3)[:, None], np.ones((3, 4, 2))

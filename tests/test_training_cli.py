@@ -371,7 +371,7 @@ def test_a_run_that_has_not_ended_has_no_model(tmp_path, capsys):
 @pytest.mark.parametrize("as_json", [True, False])
 def test_what_a_reward_prints_is_no_result(as_json, world, tmp_path, capsys, monkeypatch):
     """Standard output holds the measurement alone, with its warnings."""
-    import kl_rl.training.train  # noqa: F401
+    import kl_rl.runs.train  # noqa: F401
     from kl_rl.cli import main
 
     names = ("kl", "P", "S", "C")
@@ -382,7 +382,7 @@ def test_what_a_reward_prints_is_no_result(as_json, world, tmp_path, capsys, mon
         print("noise of the reward")
         return row
 
-    monkeypatch.setattr(sys.modules["kl_rl.training.train"], "train", train)
+    monkeypatch.setattr(sys.modules["kl_rl.runs.train"], "train", train)
     command = [str(x) for x in train_command(world, tmp_path / "run", "rlhf", "--no-png")]
     assert main([*command, "--json"] if as_json else command) == 0
     printed = capsys.readouterr()

@@ -86,7 +86,15 @@ def run(args: argparse.Namespace) -> int:
         ValueError: for bad input.
     """
     _prepare(args.topology)
-    from kl_rl.plan import Setting, as_json, as_text, find_topology, make_plan, parse_mesh, read_model
+    from kl_rl.runs.plan import (
+        Setting,
+        as_json,
+        as_text,
+        find_topology,
+        make_plan,
+        parse_mesh,
+        read_model,
+    )
 
     config = read_model(args.model)
     topology = find_topology(args.topology)

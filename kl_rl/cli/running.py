@@ -82,9 +82,10 @@ def said_how_to_resume(command: str, folder: Path, *, skips: bool = False) -> It
 
     ``skips``: bad rewards are skipped already. In many processes all have the same status, and the first speaks.
     """
+    from kl_rl.runs import Diverged
     from kl_rl.sharding.processes import is_first
     from kl_rl.storage.checkpoint import SaveError, is_full
-    from kl_rl.training import BadRewardValue, Diverged, Stopped
+    from kl_rl.storage.errors import BadRewardValue, Stopped
 
     say = lambda text: print(f"kl-rl {command}: {text}", file=sys.stderr) if is_first() else None
     code: list[int] = []

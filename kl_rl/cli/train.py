@@ -140,7 +140,7 @@ def _mesh_axes(text: str) -> tuple[tuple[str, int], ...]:
 def _settings(args: argparse.Namespace) -> Any:
     import dataclasses
 
-    from kl_rl.training.settings import Learning, Saving, Settings, Sizes, Task
+    from kl_rl.runs.settings import Learning, Saving, Settings, Sizes, Task
 
     steps = args.steps or Sizes.steps
     given = {**vars(args), "learning_rate": args.lr, "mesh": _mesh_axes(args.mesh)}
@@ -184,9 +184,9 @@ def run(args: argparse.Namespace) -> int:
     from kl_rl.cli.progress import live_progress
     from kl_rl.cli.running import held, said_how_to_resume
     from kl_rl.huggingface.opened import fingerprint, model_folder
+    from kl_rl.runs.methods import choose
+    from kl_rl.runs.train import train
     from kl_rl.sharding.processes import is_first
-    from kl_rl.training.methods import choose
-    from kl_rl.training.train import train
 
     settings, folder = _settings(args), Path(args.out)
     choose(settings)

@@ -21,8 +21,8 @@ from kl_rl.models.decoder import decoder_policy
 from kl_rl.models.lora import lora_policy
 from kl_rl.models.twist import decoder_twist
 from kl_rl.models.weights import init_weights
-from kl_rl.plan.methods import METHODS
-from kl_rl.plan.setting import Setting
+from kl_rl.runs.plan.methods import METHODS
+from kl_rl.runs.plan.setting import Setting
 from kl_rl.sharding import jit_step, replicated, shardings
 
 __all__ = ["Problem", "build", "lower_sampling", "lower_update", "placed"]

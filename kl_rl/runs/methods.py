@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from kl_rl.compare.catalogue import CATALOGUE, Method
+from kl_rl.runs import memory
+from kl_rl.runs.memory import Memory
+from kl_rl.runs.settings import Settings, Task
 from kl_rl.storage.errors import TrainingError
-from kl_rl.training import memory
-from kl_rl.training.memory import Memory
-from kl_rl.training.settings import Settings, Task
 
 __all__ = ["ALIASES", "TAKES_SAMPLES_AS_DRAWN", "Chosen", "choose"]
 

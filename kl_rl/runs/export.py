@@ -9,11 +9,11 @@ import numpy as np
 
 from kl_rl.huggingface import save_checkpoint
 from kl_rl.models import merge_lora
+from kl_rl.runs.job import Job
+from kl_rl.runs.programs import Run
+from kl_rl.runs.returns import write_returns
 from kl_rl.sharding.processes import whole
 from kl_rl.tokenizer import Tokenizer
-from kl_rl.training.job import Job
-from kl_rl.training.programs import Run
-from kl_rl.training.returns import write_returns
 
 __all__ = ["export"]
 

@@ -16,10 +16,10 @@ from kl_rl.data import (
     load_records,
 )
 from kl_rl.huggingface.opened import Model
+from kl_rl.runs.methods import Chosen
+from kl_rl.runs.prompts import Prompts, encoded, encoder_of
+from kl_rl.runs.settings import Settings
 from kl_rl.storage.errors import TrainingError
-from kl_rl.training.methods import Chosen
-from kl_rl.training.prompts import Prompts, encoded, encoder_of
-from kl_rl.training.settings import Settings
 
 __all__ = ["Logged", "load_logged"]
 

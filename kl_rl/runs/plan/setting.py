@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from kl_rl.models.config import DecoderConfig
-from kl_rl.plan.methods import METHODS
+from kl_rl.runs.plan.methods import METHODS
 
 __all__ = ["Setting", "check_setting"]
 

@@ -10,14 +10,14 @@ import numpy as np
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.huggingface.opened import RETURN_TOKENS
 from kl_rl.rewards.host import rewards_of
+from kl_rl.runs.job import Job
+from kl_rl.runs.memory import Ring
+from kl_rl.runs.programs import Drawn, Knobs, Run
+from kl_rl.runs.prompts import Prompts
+from kl_rl.runs.returns import return_edges
 from kl_rl.sharding.processes import whole
 from kl_rl.storage.errors import BadRewardValue
 from kl_rl.tokenizer import Tokenizer
-from kl_rl.training.job import Job
-from kl_rl.training.memory import Ring
-from kl_rl.training.programs import Drawn, Knobs, Run
-from kl_rl.training.prompts import Prompts
-from kl_rl.training.returns import return_edges
 
 __all__ = ["Diverged", "Rewarded", "advance", "blank", "decoded", "rewarded", "start"]
 

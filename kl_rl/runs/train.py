@@ -8,18 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kl_rl.runs.evaluate import evaluation
+from kl_rl.runs.export import export
+from kl_rl.runs.job import Job, make_job
+from kl_rl.runs.programs import Run
+from kl_rl.runs.settings import Settings
+from kl_rl.runs.step import advance, blank, start
 from kl_rl.sharding.processes import agreed, is_first
 from kl_rl.storage.checkpoint import outline
 from kl_rl.storage.errors import TrainingError
 from kl_rl.storage.loop import Kept, Position, pick_up, run_steps, to_stderr
 from kl_rl.storage.preemption import Preemption
 from kl_rl.storage.trackers import Sink
-from kl_rl.training.evaluate import evaluation
-from kl_rl.training.export import export
-from kl_rl.training.job import Job, make_job
-from kl_rl.training.programs import Run
-from kl_rl.training.run import advance, blank, start
-from kl_rl.training.settings import Settings
 
 __all__ = ["FILES", "train"]
 

@@ -24,10 +24,10 @@ from kl_rl.core.transform import Transform
 from kl_rl.huggingface.opened import RETURN_TOKENS, first_policy, twist_head
 from kl_rl.methods.algorithm import Algorithm, Info, State
 from kl_rl.models import DecoderConfig, constant_twist
+from kl_rl.runs.memory import Memory
+from kl_rl.runs.settings import Sizes
+from kl_rl.runs.shared import attach, detach
 from kl_rl.sharding import shardings
-from kl_rl.training.memory import Memory
-from kl_rl.training.settings import Sizes
-from kl_rl.training.shared import attach, detach
 
 __all__ = ["Drawn", "Knobs", "Plan", "Programs", "Run", "make_programs"]
 

@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 
 from kl_rl.models.config import DecoderConfig
 from kl_rl.models.weights import count_parameters
-from kl_rl.plan.compiled import Compiled, compile_program
-from kl_rl.plan.flops import Flops, step_flops
-from kl_rl.plan.programs import Problem, build, lower_sampling, lower_update
-from kl_rl.plan.setting import Setting, check_setting
-from kl_rl.plan.topology import Topology
+from kl_rl.runs.plan.compiled import Compiled, compile_program
+from kl_rl.runs.plan.flops import Flops, step_flops
+from kl_rl.runs.plan.programs import Problem, build, lower_sampling, lower_update
+from kl_rl.runs.plan.setting import Setting, check_setting
+from kl_rl.runs.plan.topology import Topology
 from kl_rl.sharding import check_mesh, make_mesh
 from kl_rl.sharding.rules import axis_size
 

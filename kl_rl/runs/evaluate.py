@@ -11,11 +11,11 @@ import numpy as np
 from kl_rl.measure.calibration import Bounded, sampled_budget
 from kl_rl.measure.samples import Samples
 from kl_rl.rewards.host import rewards_of
+from kl_rl.runs.job import Job
+from kl_rl.runs.programs import Drawn, Run
+from kl_rl.runs.step import decoded
 from kl_rl.sharding.processes import whole
 from kl_rl.storage.errors import BadRewardValue
-from kl_rl.training.job import Job
-from kl_rl.training.programs import Drawn, Run
-from kl_rl.training.run import decoded
 
 __all__ = ["Measured", "evaluation"]
 

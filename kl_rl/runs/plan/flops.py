@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kl_rl.models.config import DecoderConfig
-from kl_rl.plan.methods import METHODS
-from kl_rl.plan.setting import Setting
+from kl_rl.runs.plan.methods import METHODS
+from kl_rl.runs.plan.setting import Setting
 
 __all__ = ["Flops", "forward_flops", "step_flops"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kl_rl.plan.compiled import Compiled
-from kl_rl.plan.plan import Plan
+from kl_rl.runs.plan.compiled import Compiled
+from kl_rl.runs.plan.plan import Plan
 
 __all__ = ["as_json", "as_text"]
 

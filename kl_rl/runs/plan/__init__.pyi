@@ -1,0 +1,14 @@
+from .flops import Flops as Flops
+from .flops import step_flops as step_flops
+from .methods import METHODS as METHODS
+from .model import PRESETS as PRESETS
+from .model import read_model as read_model
+from .plan import Plan as Plan
+from .plan import make_plan as make_plan
+from .report import as_json as as_json
+from .report import as_text as as_text
+from .setting import Setting as Setting
+from .topology import CHIPS as CHIPS
+from .topology import Topology as Topology
+from .topology import find_topology as find_topology
+from .topology import parse_mesh as parse_mesh
