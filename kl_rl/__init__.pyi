@@ -1,12 +1,14 @@
 from . import core as core
 from . import data as data
 from . import exact as exact
+from . import experiments as experiments
 from . import huggingface as huggingface
 from . import measure as measure
 from . import methods as methods
 from . import models as models
 from . import objectives as objectives
 from . import raters as raters
+from . import report as report
 from . import rewards as rewards
 from . import runs as runs
 from . import sharding as sharding

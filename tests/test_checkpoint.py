@@ -26,7 +26,7 @@ def test_a_missing_checkpoint_is_said(tmp_path):
 
 SAVER = """
 import sys, jax.numpy as jnp
-from kl_rl.checkpoint import Checkpoints
+from kl_rl.storage.checkpoint import Checkpoints
 store = Checkpoints(sys.argv[1])
 for number in range(10**6):
     store.save(number, {"x": jnp.full(200_000, number)})
@@ -74,7 +74,7 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatc
 
 REFUSED = """
 import resource, sys, jax.numpy as jnp
-from kl_rl.checkpoint import Checkpoints, SaveError
+from kl_rl.storage.checkpoint import Checkpoints, SaveError
 store = Checkpoints(sys.argv[1])
 tree = {str(i): jnp.sin(jnp.arange(10_000.0) * (i + 1)) for i in range(20)}
 store.save(1, tree, {"fact": 1})
@@ -140,7 +140,7 @@ DAMAGED = """
 import gc, sys, time, warnings
 from pathlib import Path
 import jax.numpy as jnp
-from kl_rl.checkpoint import Checkpoints
+from kl_rl.storage.checkpoint import Checkpoints
 warnings.simplefilter("error")
 tree = {str(i): jnp.sin(jnp.arange(10_000.0) * (i + 1)) for i in range(20)}
 store = Checkpoints(sys.argv[1])

@@ -10,10 +10,10 @@ import time
 import numpy as np
 import pytest
 
-from kl_rl.compare import matched
-from kl_rl.compare.catalogue import CATALOGUE, methods_named
-from kl_rl.compare.main import frontier_price
-from kl_rl.compare.reference import best_of_n_law
+from kl_rl.experiments.compare import matched
+from kl_rl.experiments.compare.catalogue import CATALOGUE, methods_named
+from kl_rl.experiments.compare.main import frontier_price
+from kl_rl.experiments.compare.reference import best_of_n_law
 
 WORLD = {
     "name": "small",

@@ -29,7 +29,7 @@ PRIMITIVES = """
 import sys
 import numpy as np, jax, jax.numpy as jnp
 jax.config.update("jax_num_cpu_devices", 2)
-from kl_rl.processes import agreed, is_first, join, named, share, summed, whole
+from kl_rl.sharding.processes import agreed, is_first, join, named, share, summed, whole
 from kl_rl.sharding import make_mesh, put
 group = named(sys.argv[1])
 join(group)
@@ -57,8 +57,8 @@ import sys
 import numpy as np, jax
 jax.config.update("jax_num_cpu_devices", 2)
 from kl_rl.cli import main
-from kl_rl.checkpoint import Checkpoints, outline
-from kl_rl.processes import join, named, whole
+from kl_rl.storage.checkpoint import Checkpoints, outline
+from kl_rl.sharding.processes import join, named, whole
 from kl_rl.sharding import make_mesh, place
 join(named(sys.argv[1]))
 mesh, values = make_mesh(2, 2), np.arange(32.0, dtype=np.float32).reshape(4, 8)
@@ -78,7 +78,7 @@ store.close()
 FLIPPED = """
 import pathlib, sys
 import jax, jax.numpy as jnp
-from kl_rl.checkpoint import Checkpoints, DamagedCheckpoint
+from kl_rl.storage.checkpoint import Checkpoints, DamagedCheckpoint
 folder, noticed = pathlib.Path(sys.argv[1]), 0
 like = {"x": jnp.zeros((4, 8)), "key": jax.random.key(0), "n": jnp.int32(0)}
 for path in (folder / "3" / "default").rglob("*"):

@@ -10,10 +10,10 @@ import pytest
 from numpy.testing import assert_allclose
 
 from kl_rl import exact, measure
-from kl_rl.compare.extras import measure_extras
-from kl_rl.compare.problem import Problem, exact_law, normalized
-from kl_rl.compare.reference import best_of_n_law
 from kl_rl.exact.hidden_markov import HiddenMarkov
+from kl_rl.experiments.compare.extras import measure_extras
+from kl_rl.experiments.compare.problem import Problem, exact_law, normalized
+from kl_rl.experiments.compare.reference import best_of_n_law
 from kl_rl.measure import forecasts, queries
 from kl_rl.worlds import parse_world
 

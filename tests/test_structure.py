@@ -21,7 +21,7 @@ LAYERS = {
     2: "methods".split(),
     3: "exact".split(),
     4: "measure".split(),
-    5: "models worlds sharding storage raters rewards huggingface tokenizer data runs compare cli".split()
+    5: "models worlds sharding storage raters rewards huggingface tokenizer data runs report experiments cli".split()
     + ["__main__", "__init__"],
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
@@ -29,7 +29,7 @@ CONFINED = {
     "flax": {"models", "core"},
     "orbax": {"storage"},
     "numpyro": {"raters"},
-    "matplotlib": {"compare", "cli"},
+    "matplotlib": {"report"},
     "chex": set(),
     "grain": {"data"},
     "pyarrow": {"data"},

@@ -8,8 +8,8 @@ import pytest
 from test_families import BETA, METHODS, at_fixed_point, ipo_law, source_for
 
 from kl_rl import exact
-from kl_rl.compare.catalogue import CATALOGUE
 from kl_rl.core.posterior import Posterior
+from kl_rl.experiments.compare.catalogue import CATALOGUE
 from kl_rl.runs.methods import TAKES_SAMPLES_AS_DRAWN
 
 CORRECTED = {

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from kl_rl.compare.catalogue import CATALOGUE
-from kl_rl.compare.text.knobs import sampled_knobs, targets, tilt_to_mean
-from kl_rl.compare.text.reference import log_normalizer, tilted_expectation
+from kl_rl.experiments.compare.catalogue import CATALOGUE
+from kl_rl.experiments.compare.text.knobs import sampled_knobs, targets, tilt_to_mean
+from kl_rl.experiments.compare.text.reference import log_normalizer, tilted_expectation
 
 
 def law(rng, size, lam=1.0):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kl_rl.compare.catalogue import CATALOGUE
-from kl_rl.compare.text import run as compare_text
-from kl_rl.compare.text.measure import measure
-from kl_rl.compare.text.problem import TextPlan, make_problem, score
-from kl_rl.compare.text.reference import control
+from kl_rl.experiments.compare.catalogue import CATALOGUE
+from kl_rl.experiments.compare.text import run as compare_text
+from kl_rl.experiments.compare.text.measure import measure
+from kl_rl.experiments.compare.text.problem import TextPlan, make_problem, score
+from kl_rl.experiments.compare.text.reference import control
 from kl_rl.rewards.lexicon import default_reward
 from kl_rl.rewards.lexicon_text import BadReward, TextReward
 from kl_rl.worlds.text import BadText, load_text, make_corpus

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from training_world import contents, make_world, programs_kept
 
-from kl_rl.compare.catalogue import CATALOGUE
 from kl_rl.core.rollout import score
 from kl_rl.core.trajectories import Trajectories
+from kl_rl.experiments.compare.catalogue import CATALOGUE
 from kl_rl.huggingface import load_checkpoint
 from kl_rl.huggingface.opened import model_folder
 from kl_rl.rewards.host import HostReward, load_reward, one_by_one, rewards_of

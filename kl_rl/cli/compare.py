@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kl_rl.cli.parsing import Subparsers, add_command
 
 if TYPE_CHECKING:
-    from kl_rl.compare.runner import Plan
+    from kl_rl.experiments.compare.runner import Plan
 
 __all__ = ["add_parser", "run"]
 
@@ -92,7 +92,7 @@ def _positive(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    from kl_rl.compare.runner import Plan
+    from kl_rl.experiments.compare.runner import Plan
 
     plan = (
         Plan(seeds=8, steps=800, checkpoints=10, base_steps=2500, learning_rate=2e-3) if args.full else Plan()
@@ -103,10 +103,10 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 def _run_world(args: argparse.Namespace, folder: Path, progress) -> dict[str, Any]:
     from kl_rl import storage
-    from kl_rl.compare import main, tabular
-    from kl_rl.compare.catalogue import methods_named
-    from kl_rl.compare.extras import measure_extras
-    from kl_rl.compare.problem import check_world
+    from kl_rl.experiments.compare import main, tabular
+    from kl_rl.experiments.compare.catalogue import methods_named
+    from kl_rl.experiments.compare.extras import measure_extras
+    from kl_rl.experiments.compare.problem import check_world
     from kl_rl.worlds import default_world, full_world, load_world
 
     methods, plan = methods_named(args.methods), _plan(args)
@@ -129,7 +129,7 @@ def _run_world(args: argparse.Namespace, folder: Path, progress) -> dict[str, An
 
 def _run_text(args: argparse.Namespace, folder: Path, progress) -> dict[str, Any]:
     from kl_rl import storage
-    from kl_rl.compare import main, text
+    from kl_rl.experiments.compare import main, text
 
     plan = text.TextPlan()
     plan = plan._replace(minutes=args.minutes or plan.minutes, steps=args.steps or plan.steps)
@@ -177,7 +177,7 @@ def _print_table(data: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from kl_rl.compare.report import plain_table
+    from kl_rl.report.html import plain_table
 
     console = Console(width=None if sys.stdout.isatty() else 110)
     key = data.get("table_title", "At mean reward {:.2f} (nats; means over seeds)")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from kl_rl.cli.parsing import Subparsers, add_command
 from kl_rl.core.estimate import Estimate
 from kl_rl.measure.calibration import Bounded, SampledBudget, sampled_budget
-from kl_rl.measure.samples import BadSamples, Samples, read_samples
+from kl_rl.measure.samples import BadSamples, read_samples
 
 __all__ = ["add_parser", "run"]
 
@@ -100,7 +100,9 @@ def run(args: argparse.Namespace) -> int:
         base = None if args.base_samples is None else read_samples(args.base_samples)
         budget = sampled_budget(tuned, base, bins=args.bins, beta=args.beta)
         if args.plot:
-            _plot(tuned, base, args.bins, args.plot)
+            from kl_rl.report.scatter import scatter
+
+            scatter(tuned, base, args.bins, args.plot)
     except (ValueError, OSError) as error:
         print(f"kl-rl measure: error: {error}", file=sys.stderr)
         return 2
@@ -270,44 +272,3 @@ def _rich_table(rows: Sequence[tuple[str, ...]]) -> str:
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip("\n")
-
-
-def _plot(tuned: Samples, base: Samples | None, bins: int | str, path: str) -> None:
-    """Scatter of l against the reward, with the best function of the reward and its R^2."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    from kl_rl.measure.calibration.levels import build_cells
-
-    cells = build_cells(tuned, base, bins)
-    n = int(cells.n.sum())
-    level, l = cells.level_of_cell[cells.cell[:n]], cells.log_ratio[:n]
-    count = np.maximum(np.bincount(level), 1)
-    fit, at = np.bincount(level, l) / count, np.bincount(level, cells.reward[:n]) / count
-    used = np.bincount(level) > 0
-    spread = float(np.var(l))
-    explained = 1.0 - float(np.mean((l - fit[level]) ** 2)) / spread if spread > 0 else 1.0
-    figure, axes = plt.subplots(figsize=(6.0, 4.2), layout="constrained")
-    for name, part, color in (("base", slice(n, None), "tab:gray"), ("tuned", slice(0, n), "tab:blue")):
-        r, y = cells.reward[part], cells.log_ratio[part]
-        step = max(1, len(r) // 5000)
-        if len(r):
-            axes.scatter(r[::step], y[::step], s=6, alpha=0.4, color=color, label=name, linewidths=0)
-    axes.plot(
-        at[used], fit[used], color="tab:red", marker="o", markersize=3, label="best function of the reward"
-    )
-    axes.set(
-        xlabel="reward",
-        ylabel="log q/p0 (nats)",
-        title=f"R$^2$ of the best function of the reward: {explained:.3f}",
-    )
-    axes.legend(frameon=False)
-    try:
-        figure.savefig(path, format="png", dpi=150)
-    except OSError as error:
-        raise ValueError(f"--plot {path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        plt.close(figure)

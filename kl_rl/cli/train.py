@@ -210,7 +210,7 @@ def run(args: argparse.Namespace) -> int:
         with contextlib.redirect_stdout(sys.stderr):  # what a reward prints is no result
             result = train(settings, folder, progress=progress, make_sinks=_sinks(args, folder, settings))
         if is_first() and not args.no_png:
-            from kl_rl.cli.curves import draw_curves
+            from kl_rl.report.curves import draw_curves
 
             draw_curves(folder)
     if code:

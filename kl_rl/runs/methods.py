@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from kl_rl.compare.catalogue import CATALOGUE, Method
+from kl_rl.experiments.compare.catalogue import CATALOGUE, Method
 from kl_rl.runs import memory
 from kl_rl.runs.memory import Memory
 from kl_rl.runs.settings import Settings, Task

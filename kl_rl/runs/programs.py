@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kl_rl.compare.catalogue import Context, Method
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior
 from kl_rl.core.rollout import score
 from kl_rl.core.sampler import generate
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.core.transform import Transform
+from kl_rl.experiments.compare.catalogue import Context, Method
 from kl_rl.huggingface.opened import RETURN_TOKENS, first_policy, twist_head
 from kl_rl.methods.algorithm import Algorithm, Info, State
 from kl_rl.models import DecoderConfig, constant_twist

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kl_rl import models
-from kl_rl.compare.catalogue import Context, Method
-from kl_rl.compare.knobs import knob_values
-from kl_rl.compare.problem import Problem, exact_law, normalized
 from kl_rl.core.posterior import Posterior
+from kl_rl.experiments.compare.catalogue import Context, Method
+from kl_rl.experiments.compare.knobs import knob_values
+from kl_rl.experiments.compare.problem import Problem, exact_law, normalized
 from kl_rl.methods import fit
 
 __all__ = ["Plan", "Trained", "make_context", "train"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kl_rl.compare.main import frame, frontier_price
-from kl_rl.compare.matched import matched, summary
+from kl_rl.experiments.compare.main import frame, frontier_price
+from kl_rl.experiments.compare.matched import matched, summary
 
 __all__ = ["collect_text"]
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kl_rl import measure
-from kl_rl.compare.problem import Problem, normalized
 from kl_rl.exact.enumeration import Levels
+from kl_rl.experiments.compare.problem import Problem, normalized
 from kl_rl.measure import queries, sbc
 from kl_rl.measure.budget import undo_reward
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl.compare.problem import Problem
 from kl_rl.exact.enumeration import Levels
+from kl_rl.experiments.compare.problem import Problem
 from kl_rl.measure.budget import Budget, exact_budget
 
 __all__ = ["exact_budgets", "sampled_interval"]

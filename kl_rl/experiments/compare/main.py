@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from kl_rl.compare.figures import draw
-from kl_rl.compare.matched import matched, summary
-from kl_rl.compare.report import html_report
+from kl_rl.experiments.compare.matched import matched, summary
+from kl_rl.report.figures import draw
+from kl_rl.report.html import html_report
 from kl_rl.storage.folder import Session, clean, write_atomically
 
 __all__ = ["collect", "finish", "frame", "frontier_price", "seed_means"]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kl_rl.compare.catalogue import Method
+from kl_rl.experiments.compare.catalogue import Method
 
 __all__ = ["sampled_knobs", "targets", "tilt_to_mean"]
 

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from kl_rl.compare.text.problem import Drawn, TextProblem, draw, flat_samples, score
-from kl_rl.compare.text.reference import tilted_expectation
 from kl_rl.core.estimate import Estimate, mean_estimate
 from kl_rl.core.policy import Policy
+from kl_rl.experiments.compare.text.problem import Drawn, TextProblem, draw, flat_samples, score
+from kl_rl.experiments.compare.text.reference import tilted_expectation
 from kl_rl.measure.calibration import Bounded, SampledBudget, sampled_budget
 from kl_rl.rewards.lexicon_text import words_in
 from kl_rl.worlds.text_base import held_out_loss

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kl_rl.compare.catalogue import Method
-from kl_rl.compare.problem import Problem, mean_at_fraction
+from kl_rl.experiments.compare.catalogue import Method
+from kl_rl.experiments.compare.problem import Problem, mean_at_fraction
 
 __all__ = ["knob_values", "row_beta"]
 

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kl_rl import models
-from kl_rl.compare.catalogue import Context, Method, methods_named
-from kl_rl.compare.text.knobs import sampled_knobs, tilt_to_mean
-from kl_rl.compare.text.measure import base_row, budget_row, measure, previews
-from kl_rl.compare.text.problem import TextPlan, TextProblem, make_problem
-from kl_rl.compare.text.reference import control, posterior_row
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior
+from kl_rl.experiments.compare.catalogue import Context, Method, methods_named
+from kl_rl.experiments.compare.text.knobs import sampled_knobs, tilt_to_mean
+from kl_rl.experiments.compare.text.measure import base_row, budget_row, measure, previews
+from kl_rl.experiments.compare.text.problem import TextPlan, TextProblem, make_problem
+from kl_rl.experiments.compare.text.reference import control, posterior_row
 from kl_rl.measure.calibration import sampled_budget
 from kl_rl.methods import fit
 from kl_rl.rewards.lexicon import default_reward, load_lexicon

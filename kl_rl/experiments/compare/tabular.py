@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from kl_rl.compare.catalogue import Method
-from kl_rl.compare.knobs import row_beta
-from kl_rl.compare.matched import grid
-from kl_rl.compare.parallel import Board, in_parallel
-from kl_rl.compare.problem import Problem, make_problem, mean_at_fraction
-from kl_rl.compare.reference import flow_curves, reference_laws
-from kl_rl.compare.rows import exact_budgets, sampled_interval
-from kl_rl.compare.runner import Plan, Trained, train
+from kl_rl.experiments.compare.catalogue import Method
+from kl_rl.experiments.compare.knobs import row_beta
+from kl_rl.experiments.compare.matched import grid
+from kl_rl.experiments.compare.problem import Problem, make_problem, mean_at_fraction
+from kl_rl.experiments.compare.reference import flow_curves, reference_laws
+from kl_rl.experiments.compare.rows import exact_budgets, sampled_interval
+from kl_rl.experiments.compare.runner import Plan, Trained, train
+from kl_rl.experiments.parallel import Board, in_parallel
 from kl_rl.storage.folder import Session, provenance, write_atomically
 from kl_rl.worlds import World
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl.compare.text.problem import TextProblem, draw, flat_samples, score
 from kl_rl.core import numerics
 from kl_rl.core.estimate import Estimate, mean_estimate
 from kl_rl.core.policy import Policy
+from kl_rl.experiments.compare.text.problem import TextProblem, draw, flat_samples, score
 from kl_rl.measure.samples import Samples
 from kl_rl.rewards.lexicon_text import in_word
 

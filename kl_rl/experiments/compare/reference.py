@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl.compare.problem import Problem, mean_at_fraction, normalized
 from kl_rl.exact.flows import vanilla_gradient_flow
+from kl_rl.experiments.compare.problem import Problem, mean_at_fraction, normalized
 
 __all__ = ["ReferenceLaw", "best_of_n_law", "control_law", "flow_curves", "reference_laws"]
 

@@ -1,0 +1,1 @@
+"""What people see: figures and pages from rows. matplotlib lives here."""
