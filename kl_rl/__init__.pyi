@@ -16,9 +16,9 @@ from . import storage as storage
 from . import tokenizer as tokenizer
 from . import worlds as worlds
 from .core.estimate import Estimate as Estimate
+from .core.mixtures import mixture as mixture
+from .core.nnx import from_nnx as from_nnx
 from .core.policy import Policy as Policy
-from .core.policy import from_nnx as from_nnx
-from .core.policy import mixture as mixture
 from .core.policy import sequence_log_prob as sequence_log_prob
 from .core.posterior import Interval as Interval
 from .core.posterior import Posterior as Posterior

@@ -10,7 +10,8 @@ import pytest
 from decoders import CONFIGS, policy_of, random_weights, scanned
 
 from kl_rl import Trajectories, sample, score
-from kl_rl.core.policy import mixture, token_log_probs
+from kl_rl.core.mixtures import mixture
+from kl_rl.core.policy import token_log_probs
 from kl_rl.core.sampler import begin, finish, generate, proceed, reorder
 from kl_rl.core.streaming import bucket_length, cache_bytes, pad_prompts, stream
 from kl_rl.core.transform import Transform, transformed

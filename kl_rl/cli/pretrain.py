@@ -58,9 +58,9 @@ def run(args: argparse.Namespace) -> int:
     from kl_rl.cli.cache import use_cache
     from kl_rl.cli.progress import live_progress
     from kl_rl.cli.running import held, said_how_to_resume
-    from kl_rl.huggingface.opened import fingerprint
     from kl_rl.runs.pretrain import pretrain, read_text
     from kl_rl.runs.settings import PretrainPlan
+    from kl_rl.storage.fingerprint import fingerprint
 
     names = {field.name for field in dataclasses.fields(PretrainPlan)}
     given = {**vars(args), "learning_rate": args.lr}

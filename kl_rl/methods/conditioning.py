@@ -15,7 +15,8 @@ import optax
 
 from kl_rl import objectives
 from kl_rl.core import numerics
-from kl_rl.core.policy import Policy, mixture
+from kl_rl.core.mixtures import mixture
+from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Evidence, Posterior
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.methods.algorithm import Algorithm, Extra, Scored, State, base_policy, gradient_algorithm

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kl_rl.core.policy import Policy, from_nnx
+from kl_rl.core.nnx import from_nnx
+from kl_rl.core.policy import Policy
 
 __all__ = ["Transformer", "tie_extra_tokens", "transformer_policy", "transformer_twist"]
 

@@ -12,13 +12,14 @@ from jax.sharding import Mesh
 
 from kl_rl.core.policy import Policy
 from kl_rl.core.trajectories import Trajectories
-from kl_rl.huggingface.opened import Model, architecture, load_model, with_returns
+from kl_rl.huggingface.opened import Model, architecture, load_model
 from kl_rl.models import Execution
 from kl_rl.rewards.host import HostReward, load_reward
 from kl_rl.runs.logged import load_logged
 from kl_rl.runs.methods import Chosen, choose
 from kl_rl.runs.programs import Knobs, Plan, Programs, make_programs
 from kl_rl.runs.prompts import Prompts, load_prompts, order_of, split_rows
+from kl_rl.runs.returns import with_returns
 from kl_rl.runs.settings import Settings
 from kl_rl.sharding import AXES, check_mesh, make_mesh, place, put, replicated
 from kl_rl.storage.errors import TrainingError

@@ -13,8 +13,8 @@ import optax
 
 from kl_rl.data import TextWindows
 from kl_rl.huggingface import save_checkpoint
-from kl_rl.huggingface.opened import RETURN_TOKENS
 from kl_rl.models import DecoderConfig, Execution, count_parameters, init_weights, packed_log_probs
+from kl_rl.runs.returns import RETURN_TOKENS
 from kl_rl.runs.settings import PretrainPlan
 from kl_rl.storage.errors import TrainingError
 from kl_rl.storage.loop import Position, pick_up, run_steps, to_stderr

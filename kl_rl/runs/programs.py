@@ -21,10 +21,11 @@ from kl_rl.core.sampler import generate
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.core.transform import Transform
 from kl_rl.experiments.compare.catalogue import Context, Method
-from kl_rl.huggingface.opened import RETURN_TOKENS, first_policy, twist_head
 from kl_rl.methods.algorithm import Algorithm, Info, State
 from kl_rl.models import DecoderConfig, constant_twist
+from kl_rl.runs.heads import first_policy, twist_head
 from kl_rl.runs.memory import Memory
+from kl_rl.runs.returns import RETURN_TOKENS
 from kl_rl.runs.settings import Sizes
 from kl_rl.runs.shared import attach, detach
 from kl_rl.sharding import shardings

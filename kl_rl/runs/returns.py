@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +11,23 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kl_rl.core.policy import Policy, mixture
-from kl_rl.huggingface.opened import RETURN_TOKENS
+from kl_rl.core.mixtures import mixture
+from kl_rl.core.policy import Policy
+from kl_rl.huggingface.opened import Model, begin_of
+from kl_rl.models import Execution, decoder_policy
 from kl_rl.storage.errors import TrainingError
 
-__all__ = ["RETURNS_FILE", "deployed_policy", "return_edges", "with_place", "write_returns"]
+__all__ = [
+    "RETURNS_FILE",
+    "RETURN_TOKENS",
+    "deployed_policy",
+    "return_edges",
+    "with_place",
+    "with_returns",
+    "write_returns",
+]
 
+RETURN_TOKENS = 8
 RETURNS_FILE = "kl_rl_returns.json"
 
 
@@ -96,3 +108,30 @@ def deployed_policy(folder: Path, policy: Policy) -> Policy:
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path}: damaged: {error}; export the model again") from error
     return mixture(policy, tokens, log_prior)
+
+
+def with_returns(model: Model, execution: Execution | None = None) -> Model:
+    """A model with return tokens: input-only ids behind the begin mark that are still free, or new rows.
+
+    New rows, and free ones, read like the begin mark (the mean token if there is none), so that p0 and the untrained
+    conditional model agree.
+
+    Args:
+      model: the base.
+      execution: how it is run.
+
+    Returns:
+      The model, with ``first_token`` set.
+    """
+    config, begin = model.config, begin_of(model.tokenizer)
+    table = model.base.params["embed"]["table"]
+    rows = config.vocab + config.extra
+    like = jnp.mean(table[: config.vocab], axis=0) if begin is None else table[begin]
+    free = 0 if begin is None or begin < config.vocab else rows - begin - 1
+    if free < RETURN_TOKENS:
+        config = dataclasses.replace(config, extra=config.extra + RETURN_TOKENS)
+        table = jnp.pad(table, ((0, RETURN_TOKENS), (0, 0)))
+    first = config.vocab + config.extra - RETURN_TOKENS
+    table = table.at[first:].set(like)
+    weights = model.base.params | {"embed": {"table": table}}
+    return model._replace(config=config, base=decoder_policy(config, weights, execution), first_token=first)

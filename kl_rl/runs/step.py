@@ -8,13 +8,12 @@ import jax
 import numpy as np
 
 from kl_rl.core.trajectories import Trajectories
-from kl_rl.huggingface.opened import RETURN_TOKENS
 from kl_rl.rewards.host import rewards_of
 from kl_rl.runs.job import Job
 from kl_rl.runs.memory import Ring
 from kl_rl.runs.programs import Drawn, Knobs, Run
 from kl_rl.runs.prompts import Prompts
-from kl_rl.runs.returns import return_edges
+from kl_rl.runs.returns import RETURN_TOKENS, return_edges
 from kl_rl.sharding.processes import whole
 from kl_rl.storage.errors import BadRewardValue
 from kl_rl.tokenizer import Tokenizer
