@@ -24,8 +24,8 @@ from .core.posterior import Interval as Interval
 from .core.posterior import Posterior as Posterior
 from .core.posterior import Threshold as Threshold
 from .core.posterior import Tilt as Tilt
-from .core.rollout import sample as sample
-from .core.rollout import score as score
+from .core.rollouts import sample as sample
+from .core.rollouts import score as score
 from .core.sampler import generate as generate
 from .core.trajectories import Trajectories as Trajectories
 from .core.transform import Transform as Transform

@@ -19,7 +19,7 @@ def run_steps(shape):
     from jax.experimental.multihost_utils import process_allgather
 
     from kl_rl import methods
-    from kl_rl.core import rollout
+    from kl_rl.core import rollouts
     from kl_rl.core.posterior import Posterior, Tilt
     from kl_rl.core.trajectories import Trajectories
     from kl_rl.models import DecoderConfig, Execution, decoder_policy, decoder_twist, init_weights
@@ -50,7 +50,7 @@ def run_steps(shape):
         out[jax.tree_util.keystr(path)] = gather(leaf)
     with jax.set_mesh(mesh):
         draw = jax.jit(
-            lambda policy, key, prompt: rollout.sample(policy, key, prompt, num_samples=2, horizon=5)
+            lambda policy, key, prompt: rollouts.sample(policy, key, prompt, num_samples=2, horizon=5)
         )
         drawn = draw(state.policy, place(jax.random.key(4), mesh), batch.prompt)
     return out | {"tokens": gather(drawn[0]), "log_probs": gather(drawn[2])}

@@ -11,7 +11,7 @@ from decoders import CONFIGS, policy_of, random_weights
 from flax import nnx
 
 from kl_rl import Posterior, Tilt, Trajectories, advance, fresh, ppo, reinforce, score, start
-from kl_rl.core.rollout import prefix_values
+from kl_rl.core.rollouts import prefix_values
 from kl_rl.models import (
     Attention,
     Decoder,

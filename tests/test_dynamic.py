@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kl_rl import exact, worlds
-from kl_rl.core import rollout
+from kl_rl.core import rollouts
 from kl_rl.core.policy import sequence_log_prob
 from kl_rl.exact.automaton import Automaton, automaton_reward
 from kl_rl.exact.hidden_markov import HiddenMarkov
@@ -167,7 +167,7 @@ def test_decoder_and_forward_pass_of_the_posterior_agree():
     world = make("markov-end-prompt", 0)
     policy = exact.posterior_policy(world.process, world.automaton, world.horizon, 0.5, world.end)
     prompt = jnp.asarray(world.prompts)
-    draw = jax.jit(rollout.sample, static_argnames=("num_samples", "horizon", "end"))
+    draw = jax.jit(rollouts.sample, static_argnames=("num_samples", "horizon", "end"))
     tokens, mask, log_probs = draw(
         policy, jax.random.key(0), prompt, num_samples=3000, horizon=world.horizon, end=world.end
     )

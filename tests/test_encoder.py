@@ -9,7 +9,7 @@ import pytest
 from records import COMPARED, EPISODE, LETTERS, LOGGED, RANKED, Letters, but, load
 
 from kl_rl.core.policy import Policy
-from kl_rl.core.rollout import score
+from kl_rl.core.rollouts import score
 from kl_rl.core.trajectories import check_trajectories
 from kl_rl.data import (
     ArrayRows,

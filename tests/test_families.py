@@ -12,7 +12,7 @@ import kl_rl
 from kl_rl import exact, methods
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior, Threshold, Tilt
-from kl_rl.core.rollout import rollout
+from kl_rl.core.rollouts import rollout
 from kl_rl.experiments.compare.reference import best_of_n_law
 from kl_rl.methods import fit, sources
 from kl_rl.methods.algorithm import Algorithm, Info, State

@@ -11,12 +11,7 @@ from checkpoint_files import FOLDERS, HERE, assert_trees_equal, logits, spec_of,
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from kl_rl.huggingface import (
-    CheckpointError,
-    load_checkpoint,
-    read_weights,
-    save_checkpoint,
-)
+from kl_rl.huggingface import CheckpointError, load_checkpoint, save_checkpoint, weights_in
 from kl_rl.models.config import DecoderConfig
 from kl_rl.models.weights import weight_shapes
 from kl_rl.tokenizer import ByteTokenizer, load_tokenizer
@@ -123,14 +118,14 @@ def test_tensors_are_read_straight_into_their_sharding(monkeypatch):
             return None if path[-1] == "bias" else jax.sharding.NamedSharding(mesh, spec())
         return jax.sharding.NamedSharding(mesh, spec(*[None] * axis, "fsdp"))
 
-    read, read_call = [], read_weights._Stacked.__call__
+    read, read_call = [], weights_in._Stacked.__call__
 
     def spy(self, index):
         part = read_call(self, index)
         read.append(part.shape)
         return part
 
-    monkeypatch.setattr(read_weights._Stacked, "__call__", spy)
+    monkeypatch.setattr(weights_in._Stacked, "__call__", spy)
     for name in ("gpt2", "llama", "gemma3"):
         whole = load_checkpoint(HERE / name)
         read.clear()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kl_rl.core import posterior, rollout
+from kl_rl.core import posterior, rollouts
 from kl_rl.core.trajectories import check_trajectories
 from kl_rl.exact import luck, luck_play
 
@@ -210,7 +210,7 @@ def test_played_batches_follow_plan_and_chance():
     tokens = np.asarray(played.tokens[0])
     assert set(np.unique(tokens[:, ::2])) <= {0, 1} and set(np.unique(tokens[:, 1::2])) <= {2, 3}
     np.testing.assert_array_equal(played.controlled[0, 0], [1, 0, 1, 0])
-    np.testing.assert_allclose(played.log_behaviour, rollout.score(policy, played), rtol=1e-12)
+    np.testing.assert_allclose(played.log_behaviour, rollouts.score(policy, played), rtol=1e-12)
     np.testing.assert_array_equal(played.log_behaviour[..., 1::2], 0.0)
     for moves, _, log_chance, reward in histories(game, 2):
         string = [x for a, o in moves for x in (a, o + 2)]
@@ -229,7 +229,7 @@ def test_importance_weights_of_a_played_batch_ignore_chance():
     game = random_game(4)
     plan = luck.kl_control(game, 2, 1.5)
     _, played = batch(game, luck.prior_plan(game, 2), 6000)
-    log_weight = (rollout.score(luck_play.plan_policy(game, plan), played) - played.log_behaviour).sum(
+    log_weight = (rollouts.score(luck_play.plan_policy(game, plan), played) - played.log_behaviour).sum(
         axis=-1
     )
     values = np.asarray(jnp.exp(log_weight) * played.reward)

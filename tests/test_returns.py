@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kl_rl.core.rollout import score
+from kl_rl.core.rollouts import score
 from kl_rl.core.streaming import stream
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.core.transform import Transform

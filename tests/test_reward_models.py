@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from kl_rl.huggingface import CheckpointError, load_reward_model
 from kl_rl.huggingface.opened import begin_of, load_model
 from kl_rl.models import last_hidden
-from kl_rl.rewards.host import PromptText, load_reward, rewards_of
+from kl_rl.rewards.host import load_reward, rewards_of
+from kl_rl.rewards.values import PromptText
 from kl_rl.runs import Settings, Sizes, Task
 from kl_rl.runs.prompts import load_prompts
 from kl_rl.storage.errors import TrainingError

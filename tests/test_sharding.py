@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from kl_rl import methods
-from kl_rl.core import rollout
+from kl_rl.core import rollouts
 from kl_rl.core.posterior import Posterior, Tilt
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.methods.parts import in_parts, value_and_grad
@@ -184,7 +184,7 @@ def test_every_method_on_every_mesh(name, config, shape):
 def test_sampling_on_a_mesh_draws_the_same_tokens(config, shape):
     policy = decoder_policy(config, weights_of(config), dataclasses.replace(QUICKLY, scan_layers=True))
     draw = jax.jit(
-        lambda policy, key, prompt: rollout.sample(policy, key, prompt, num_samples=3, horizon=HORIZON)
+        lambda policy, key, prompt: rollouts.sample(policy, key, prompt, num_samples=3, horizon=HORIZON)
     )
     key, prompt, mesh = jax.random.key(3), batch_of().prompt, make_mesh(*shape)
     plain = draw(policy, key, prompt)

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from training_world import contents, make_world, programs_kept
 
-from kl_rl.core.rollout import score
+from kl_rl.core.rollouts import score
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.experiments.compare.catalogue import CATALOGUE
 from kl_rl.huggingface import load_checkpoint
 from kl_rl.huggingface.opened import model_folder
-from kl_rl.rewards.host import HostReward, load_reward, one_by_one, rewards_of
+from kl_rl.rewards.host import HostReward, load_reward, rewards_of
+from kl_rl.rewards.values import one_by_one
 from kl_rl.runs import (
     Diverged,
     Learning,

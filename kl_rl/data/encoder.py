@@ -39,7 +39,7 @@ class Encoder:
 
     Args:
       tokenizer: text to ids.
-      limits: see ``padding.Limits``.
+      limits: see ``kl_rl.data.Limits``.
       render: a conversation, ``[{"role": ..., "content": ...}, ...]``, to text with all special tokens (a chat
         template; ``tokenizer.apply_chat`` where there is one); needed for records with messages.
       add_end: put the end token behind completions given as text.

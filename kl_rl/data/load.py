@@ -48,7 +48,7 @@ def load_records(
     """Read a file and check every row of it.
 
     Args:
-      source: see ``readers.read_rows``.
+      source: see ``kl_rl.data.read_rows``.
       kind: ``PromptRecord``, ``LoggedRecord``, ``ComparisonRecord``, ``RankingRecord`` or ``EpisodeRecord``.
       on_error: "raise" at the first malformed row, or "skip" and count them.
       ignore: fields to pass over.

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kl_rl.huggingface.config_in import config_from_dict, model_type
 from kl_rl.huggingface.errors import CheckpointError
 from kl_rl.huggingface.hub import resolve
 from kl_rl.huggingface.layout import Layout, open_layout
-from kl_rl.huggingface.read_config import config_from_dict, model_type
-from kl_rl.huggingface.read_weights import Place, read_weights, untie, with_names
+from kl_rl.huggingface.weights_in import Place, read_weights, untie, with_names
 from kl_rl.models.config import DecoderConfig
 
 __all__ = ["CONFIG", "Checkpoint", "load_checkpoint", "read_config", "read_json"]

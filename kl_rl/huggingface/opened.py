@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kl_rl.core.policy import Policy
-from kl_rl.huggingface import Checkpoint, CheckpointError, load_checkpoint, read_config, resolve
+from kl_rl.huggingface.errors import CheckpointError
+from kl_rl.huggingface.hub import resolve
+from kl_rl.huggingface.load import Checkpoint, load_checkpoint, read_config
 from kl_rl.models import DecoderConfig, Execution, decoder_policy
 from kl_rl.sharding import weight_sharding
 from kl_rl.storage.errors import TrainingError

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kl_rl.huggingface.config_in import ARCHITECTURES, config_from_dict, model_type
 from kl_rl.huggingface.errors import CheckpointError
 from kl_rl.huggingface.hub import resolve
 from kl_rl.huggingface.layout import Layout, open_layout
 from kl_rl.huggingface.load import CONFIG, read_json
-from kl_rl.huggingface.read_config import ARCHITECTURES, config_from_dict, model_type
-from kl_rl.huggingface.read_weights import read_weights, with_names
+from kl_rl.huggingface.weights_in import read_weights, with_names
 from kl_rl.models.config import DecoderConfig
 
 __all__ = ["RewardModel", "is_reward_model", "load_reward_model"]

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 
+from kl_rl.huggingface.config_in import model_type
+from kl_rl.huggingface.config_out import config_to_dict
 from kl_rl.huggingface.layout import INDEX, Layout
 from kl_rl.huggingface.load import CONFIG, Checkpoint, read_json
-from kl_rl.huggingface.read_config import model_type
-from kl_rl.huggingface.write_config import config_to_dict
-from kl_rl.huggingface.write_weights import (
+from kl_rl.huggingface.weights_out import (
     CODES,
     OutFile,
     Sources,

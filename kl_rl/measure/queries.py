@@ -93,7 +93,7 @@ def string_tree(strings: Enumeration, vocab: int) -> Tree:
     """The prefix tree of an enumeration.
 
     Args:
-      strings: from ``exact.enumerate_strings``, with or without an end token.
+      strings: from ``kl_rl.exact.enumerate_strings``, with or without an end token.
       vocab: V.
 
     Returns:

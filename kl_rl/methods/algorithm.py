@@ -21,7 +21,7 @@ import optax
 from kl_rl.core import numerics
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Evidence, Posterior, check_temperature
-from kl_rl.core.rollout import prefix_values, score
+from kl_rl.core.rollouts import prefix_values, score
 from kl_rl.core.trajectories import Trajectories, check_trajectories
 from kl_rl.methods.parts import map_parts, num_parts, value_and_grad
 from kl_rl.objectives import credit, weights

@@ -85,7 +85,7 @@ def decision_transformer(
     Hindsight relabelling: every sample of p0 is evidence for its own return. Fixed point of the conditional model:
     p0(y | R). The deployed policy is the mixture over return tokens under the return prior, one policy with an exact
     log-probability. A return token takes column 0 of the prompt: the place of the begin mark, or padding that was put
-    there for it. Pad prompts on the right, as ``streaming.pad_prompts`` and ``data`` do.
+    there for it. Pad prompts on the right, as ``kl_rl.core.pad_prompts`` and ``data`` do.
 
     Return frequencies are pooled over prompts. With one prompt the tilted prior gives p*_beta; with several, p* would
     need ``p0(R | x)`` for each: the deployed policy then still has C = 0, but its temperature differs between prompts.

@@ -45,7 +45,7 @@ def trajectory_balance(
     """Trajectory balance with learned log Z, relative to p0 (= Trust-PCL on full paths).
 
     Malkin et al. 2022, arXiv 2201.13259.
-    The learned log Z is the twist of the empty prefix: one number (``models.constant_twist``) or a function
+    The learned log Z is the twist of the empty prefix: one number (``kl_rl.models.constant_twist``) or a function
       of the prompt. Fixed point: p*_beta.
 
     Args:

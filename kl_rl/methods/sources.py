@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior
-from kl_rl.core.rollout import RewardFn, rollout
+from kl_rl.core.rollouts import RewardFn, rollout
 from kl_rl.core.trajectories import Trajectories
 
 __all__ = ["Source", "comparisons", "fresh", "logged", "replay"]

@@ -1,1 +1,5 @@
 """What people see: figures and pages from rows. matplotlib lives here."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -150,7 +150,7 @@ def html_report(data: dict[str, Any], figures: dict[str, tuple[bytes, str]]) -> 
     """The whole page as one string, pictures inside.
 
     Args:
-      data: from ``compare.main.collect``: title, question, answer, tables, settings, checks.
+      data: from ``kl_rl.experiments.compare.collect``: title, question, answer, tables, settings, checks.
       figures: name -> (PNG, caption).
 
     Returns:

@@ -1,5 +1,4 @@
 from .host import HostReward as HostReward
-from .host import PromptText as PromptText
 from .host import load_reward as load_reward
 from .host import rewards_of as rewards_of
 from .lexicon import default_reward as default_reward
@@ -11,3 +10,4 @@ from .lexicon_text import TextReward as TextReward
 from .models import likelihood_reward as likelihood_reward
 from .models import model_reward as model_reward
 from .models import scored_reward as scored_reward
+from .values import PromptText as PromptText

@@ -8,37 +8,20 @@ import math
 import numbers
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from kl_rl.rewards.values import Values, one_by_one
 from kl_rl.sharding.processes import agreed, share, summed
 from kl_rl.storage.errors import BadRewardValue, TrainingError
 
-__all__ = ["HostReward", "PromptText", "load_reward", "one_by_one", "rewards_of"]
-
-
-class PromptText(str):
-    """A prompt as rewards see it: a string, without special tokens.
-
-    Attributes:
-      messages: ``({"role": ..., "content": ...}, ...)`` if the prompt was given as a conversation, else None.
-    """
-
-    messages: tuple[dict[str, str], ...] | None = None
-
-    @classmethod
-    def of(cls, text: str, messages: Iterable[Any] | None) -> PromptText:
-        """A text, with the conversation that it renders (named tuples of role and content)."""
-        made = cls(text)
-        made.messages = None if messages is None else tuple(message._asdict() for message in messages)
-        return made
+__all__ = ["HostReward", "load_reward", "rewards_of"]
 
 
 _KINDS = "a reward is module:function, a word list (.json, .tsv, .txt), a model folder or a hub name"
-Values = Callable[[Sequence[str], Sequence[str]], Iterable[Any]]
 
 
 class HostReward(NamedTuple):
@@ -54,21 +37,6 @@ class HostReward(NamedTuple):
     name: str
     values: Values
     note: str = ""
-
-
-def one_by_one(function: Callable[[str, str], Any]) -> Values:
-    """A function of one prompt and one completion, called for each when its value is asked for."""
-
-    def values(prompts: Sequence[str], completions: Sequence[str]) -> Iterator[Any]:
-        for pair in zip(prompts, completions, strict=True):
-            try:
-                yield function(*pair)
-            except Exception as error:  # of the user's function
-                yield error
-            except SystemExit as error:
-                yield RuntimeError(f"it called sys.exit({error.code!r})")
-
-    return values
 
 
 def load_reward(spec: str) -> HostReward:

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kl_rl.core.policy import Policy
-from kl_rl.core.rollout import score
+from kl_rl.core.rollouts import score
 from kl_rl.core.streaming import bucket_length, pad_prompts
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.huggingface import CheckpointError, is_reward_model, load_reward_model
 from kl_rl.huggingface.opened import begin_of, load_model
 from kl_rl.models import DecoderConfig, last_hidden
-from kl_rl.rewards.host import Values, one_by_one
+from kl_rl.rewards.values import Values, one_by_one
 from kl_rl.storage.errors import TrainingError
 from kl_rl.tokenizer import check_vocabulary, load_tokenizer
 

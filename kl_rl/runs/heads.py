@@ -28,6 +28,6 @@ def first_policy(base: Policy, key: jax.Array, rank: int, returns: int) -> Polic
 
 
 def twist_head(config: DecoderConfig, base: Policy, *, train_trunk: bool) -> Policy:
-    """A twist (critic, state flow, log Z) on the base's hidden states; see ``models.decoder_twist``."""
+    """A twist (critic, state flow, log Z) on the base's hidden states; see ``kl_rl.models.decoder_twist``."""
     execution = getattr(base.apply, "execution", None)
     return decoder_twist(config, base.params, execution, train_trunk=train_trunk)

@@ -1,7 +1,7 @@
 """What is kept between steps: nothing, a ring of recent groups, a fixed data set. Jittable.
 
-``kl_rl.sources`` with two differences: the fresh batch is handed in, since its rewards come from the host between two
-programs; and what is kept are whole groups (a prompt with its K samples), so that prompts may change at every step.
+``kl_rl.methods.Source`` with two differences: the fresh batch is handed in, since its rewards come from the host between
+two programs; and what is kept are whole groups (a prompt with its K samples), so that prompts may change at every step.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior
-from kl_rl.core.rollout import score
+from kl_rl.core.rollouts import score
 from kl_rl.core.sampler import generate
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.core.transform import Transform

@@ -12,7 +12,7 @@ import numpy as np
 from kl_rl.data import DataError, Encoder, Limits, PromptRecord, load_records
 from kl_rl.data.row import Content
 from kl_rl.huggingface.opened import Model, begin_of
-from kl_rl.rewards.host import PromptText
+from kl_rl.rewards.values import PromptText
 from kl_rl.runs.returns import with_place
 from kl_rl.runs.settings import Settings
 from kl_rl.storage.errors import TrainingError

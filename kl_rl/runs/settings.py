@@ -41,7 +41,7 @@ class Task:
       method: of the catalogue, or one of its friendly names.
       base: folder of the base model.
       prompts: file of prompts; None: those of the data.
-      reward: see ``rewards.load_reward``.
+      reward: see ``kl_rl.rewards.load_reward``.
       beta: temperature, reward units per nat.
       n: draws of best-of-n.
       threshold: least reward of filtered imitation.

@@ -46,7 +46,7 @@ def train(
 ) -> dict[str, Any]:
     """Run the method to its last step, from the newest whole checkpoint of the folder if there is one.
 
-    The folder must be held by this run alone; of several processes (``processes.join``), which must see the same
+    The folder must be held by this run alone; of several processes (``sharding.processes``), which must see the same
     folder, the first writes what is not a checkpoint. A run that was cut off anywhere and picked up again writes the
     same bytes into ``metrics.jsonl``, ``evaluations.jsonl`` and ``samples.jsonl`` and ends with the same weights.
 

@@ -66,7 +66,7 @@ class Step:
 
 
 def jit_step(step: Callable[..., Any], carried: Any, mesh: Mesh, *, donate: bool = True) -> Step:
-    """Compile a step whose first argument comes back changed: ``algorithm.step``, or ``fit.advance`` of a run.
+    """Compile a step whose first argument comes back changed: ``algorithm.step``, or ``kl_rl.advance`` of a run.
 
     What is carried leaves with the shardings it came with, so that no call recompiles, and its memory is used again for
     the result. Frozen arrays (``Policy.shared``) are passed through and neither donated nor copied.

@@ -16,7 +16,7 @@ import optax
 from kl_rl import methods
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Evidence, Threshold, Tilt
-from kl_rl.core.rollout import RewardFn
+from kl_rl.core.rollouts import RewardFn
 from kl_rl.methods import sources
 from kl_rl.methods.algorithm import Algorithm
 from kl_rl.methods.conditioning import ReturnPrior

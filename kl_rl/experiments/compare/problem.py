@@ -11,7 +11,7 @@ import optax
 
 from kl_rl import exact, models
 from kl_rl.core.policy import Policy, sequence_log_prob
-from kl_rl.core.rollout import sample
+from kl_rl.core.rollouts import sample
 from kl_rl.measure.budget import fit_tilt
 from kl_rl.methods.likelihood import fit_likelihood
 from kl_rl.worlds import World

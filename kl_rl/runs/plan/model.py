@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from kl_rl.huggingface.read_config import config_from_dict
+from kl_rl.huggingface.config_in import config_from_dict
 from kl_rl.models.config import Attention, DecoderConfig, FeedForward, Norm, Rotary
 
 __all__ = ["PRESETS", "read_model"]

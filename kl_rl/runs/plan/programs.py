@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior, Tilt
-from kl_rl.core.rollout import sample
+from kl_rl.core.rollouts import sample
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.methods.algorithm import Algorithm, State
 from kl_rl.methods.parts import in_parts

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kl_rl.core.policy import Policy, sequence_log_prob
-from kl_rl.core.rollout import sample
+from kl_rl.core.rollouts import sample
 from kl_rl.experiments.compare.text.knobs import targets
 from kl_rl.measure.samples import Samples
 from kl_rl.rewards.lexicon_text import BadReward, TextReward

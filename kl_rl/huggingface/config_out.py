@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from kl_rl.huggingface.config_in import ARCHITECTURES, FULL, SLIDING, config_from_dict
 from kl_rl.huggingface.errors import CheckpointError
-from kl_rl.huggingface.read_config import ARCHITECTURES, FULL, SLIDING, config_from_dict
 from kl_rl.huggingface.rope import rope_fields
 from kl_rl.models.config import DecoderConfig, Rotary
 

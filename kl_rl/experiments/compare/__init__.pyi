@@ -1,0 +1,10 @@
+from .catalogue import CATALOGUE as CATALOGUE
+from .catalogue import methods_named as methods_named
+from .main import collect as collect
+from .main import finish as finish
+from .matched import matched as matched
+from .problem import check_world as check_world
+from .problem import make_problem as make_problem
+from .runner import Plan as Plan
+from .runner import train as train
+from .tabular import run_tabular as run_tabular

@@ -1,0 +1,17 @@
+from .config_in import ARCHITECTURES as ARCHITECTURES
+from .config_in import config_from_dict as config_from_dict
+from .config_out import config_to_dict as config_to_dict
+from .errors import CheckpointError as CheckpointError
+from .hub import resolve as resolve
+from .load import Checkpoint as Checkpoint
+from .load import load_checkpoint as load_checkpoint
+from .load import read_config as read_config
+from .opened import Model as Model
+from .opened import architecture as architecture
+from .opened import begin_of as begin_of
+from .opened import load_model as load_model
+from .opened import model_folder as model_folder
+from .reward_model import RewardModel as RewardModel
+from .reward_model import is_reward_model as is_reward_model
+from .reward_model import load_reward_model as load_reward_model
+from .save import save_checkpoint as save_checkpoint
