@@ -20,7 +20,8 @@ from .core.mixtures import mixture as mixture
 from .core.nnx import from_nnx as from_nnx
 from .core.policy import Policy as Policy
 from .core.policy import sequence_log_prob as sequence_log_prob
-from .core.posterior import Interval as Interval
+from .core.posterior import Between as Between
+from .core.posterior import NoEvidence as NoEvidence
 from .core.posterior import Posterior as Posterior
 from .core.posterior import Threshold as Threshold
 from .core.posterior import Tilt as Tilt
@@ -29,6 +30,7 @@ from .core.rollouts import score as score
 from .core.sampler import generate as generate
 from .core.trajectories import Trajectories as Trajectories
 from .core.transform import Transform as Transform
+from .core.twist import Twist as Twist
 from .exact import enumerate_strings as enumerate_strings
 from .exact import log_prob as log_prob
 from .exact import reward_levels as reward_levels
@@ -57,8 +59,9 @@ from .methods.algorithm import gradient_algorithm as gradient_algorithm
 from .methods.fit import advance as advance
 from .methods.fit import start as start
 from .methods.likelihood import fit_likelihood as fit_likelihood
-from .methods.sources import Source as Source
-from .methods.sources import comparisons as comparisons
-from .methods.sources import fresh as fresh
-from .methods.sources import logged as logged
-from .methods.sources import replay as replay
+from .methods.memory import Memory as Memory
+from .methods.memory import Source as Source
+from .methods.memory import fresh as fresh
+from .methods.memory import logged as logged
+from .methods.memory import rated as rated
+from .methods.memory import replay as replay

@@ -31,7 +31,7 @@ def table_row(log_policy):
     ],
 )
 def test_gambling_table_conditioning_on_the_return(low, high, policy, value):
-    actual = table_row(luck.condition_on_return(GAMBLE, 1, posterior.Interval(low, high)))
+    actual = table_row(luck.condition_on_return(GAMBLE, 1, posterior.Between(low, high)))
     np.testing.assert_allclose(actual[0], policy, atol=1e-12)
     assert actual[1] == pytest.approx(value, rel=1e-12)
     hits = ((PAYOFF >= low) & (PAYOFF <= high)).sum(axis=1)
@@ -98,7 +98,7 @@ def lookup(plan, history, action):
 
 @pytest.mark.parametrize("decisions", [3])
 @pytest.mark.parametrize(
-    "evidence", [posterior.Tilt(0.7), posterior.Threshold(1.0), posterior.Interval(0.0, 1.0)]
+    "evidence", [posterior.Tilt(0.7), posterior.Threshold(1.0), posterior.Between(0.0, 1.0)]
 )
 def test_conditioning_is_the_policy_inside_the_joint_posterior(decisions, evidence):
     game = random_game()
@@ -112,7 +112,7 @@ def test_conditioning_is_the_policy_inside_the_joint_posterior(decisions, eviden
 
 
 def test_conditioning_falls_back_on_the_prior_once_the_event_is_out_of_reach():
-    plan = luck.condition_on_return(GAMBLE, 2, posterior.Interval(10, 10))
+    plan = luck.condition_on_return(GAMBLE, 2, posterior.Between(10, 10))
     lucky, unlucky = 1 * 2 + 0, 1 * 2 + 1
     np.testing.assert_allclose(np.exp(plan[0][0]), [0, 1, 0], atol=1e-12)
     np.testing.assert_allclose(np.exp(plan[1][lucky]), [0, 1, 0], atol=1e-12)
@@ -180,7 +180,7 @@ def test_without_noise_a_tilted_return_prior_over_conditioned_plans_is_control()
     mixture, total = np.zeros(2), 0.0
     for reward in sorted({row[3] for row in rows}):
         weight = sum(math.exp(row[1]) for row in rows if row[3] == reward) * math.exp(reward / beta)
-        plan = luck.condition_on_return(game, 1, posterior.Interval(reward, reward))
+        plan = luck.condition_on_return(game, 1, posterior.Between(reward, reward))
         mixture, total = mixture + weight * np.exp(plan[0][0]), total + weight
     np.testing.assert_allclose(mixture / total, np.exp(luck.kl_control(game, 1, beta)[0][0]), rtol=1e-12)
 

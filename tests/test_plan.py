@@ -26,7 +26,7 @@ from kl_rl.runs.plan.compiled import count_collectives
 from kl_rl.runs.plan.flops import forward_flops
 
 TINY = dataclasses.replace(PRESETS["tiny"], layers=1)
-SMALL = Setting(prompts=4, prompt_length=4, horizon=4, samples=2)
+SMALL = Setting("ppo", batch=4, prompt_length=4, horizon=4, num_samples=2, twist="head")
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
@@ -44,11 +44,10 @@ def test_memory_by_kind_is_what_the_shapes_say(plan):
     parameters = 4 * (split_twice // 4 + 3 * d)  # float32; three norms are whole everywhere
     assert plan.parameters == split_twice + 3 * d
     assert plan.resident["parameters"] == parameters
-    assert plan.resident["base"] == parameters // 2
-    assert plan.resident["twist"] == 2 * (d + 1)  # a head on the base, in its dtype
-    assert (
-        plan.resident["optimizer"] == 2 * parameters + 2 * 2 * (d + 1) + 2 * 4
-    )  # moments and two step counts
+    assert plan.resident["base"] == parameters
+    assert plan.resident["twist"] == 4 * (d + 1)  # a head on the base
+    moments, counts = 2 * (parameters + 4 * (d + 1)), 2 * 2 * 4  # of Adam and of its schedule
+    assert plan.resident["optimizer"] == moments + counts
     assert plan.resident["batch"] == 4 * (4 + 2 * (4 * 4 + 1))  # one prompt of four per device
     tokens = 4 * (4 + 2 * 4)
     assert plan.cache == 2 * 2 * (2 * 8) * tokens // 8
@@ -56,7 +55,7 @@ def test_memory_by_kind_is_what_the_shapes_say(plan):
 
 def test_programs_fit_together(plan):
     resident = sum(plan.resident.values())
-    assert 0 <= plan.update.arguments - resident <= 8  # all of it, and beta
+    assert plan.update.arguments - resident == 4 * 7 + 8 + 2 * 4 + 4  # and edges, key, knobs, step
     assert plan.peak >= resident and plan.fits is None
     assert plan.sampling.arguments < plan.update.arguments
     assert (
@@ -86,25 +85,28 @@ def test_forward_operations_agree_with_the_compiler():
     program = jax.jit(lambda w, i: forward(config, Execution(), w, i)).lower(weights, ids).compile()
     counted = program.cost_analysis()["flops"]
     # a prompt of one token and length new ones: the same matrix products, one key more
-    mine = forward_flops(config, Setting(prompts=rows, prompt_length=1, horizon=length, samples=1))
+    mine = forward_flops(config, Setting(batch=rows, prompt_length=1, horizon=length, num_samples=1))
     unseen = 4 * 4 * 16 * rows * (length * length - length * (length + 1) // 2)
     assert 1.0 <= counted / (mine + unseen) < 1.15
 
 
 def test_operations_of_a_step():
-    config, setting = PRESETS["7b"], Setting(prompts=1, prompt_length=1, horizon=2, samples=1)
+    config, setting = (
+        PRESETS["7b"],
+        Setting("ppo", batch=1, prompt_length=1, horizon=2, num_samples=2, twist="head"),
+    )
     matrices = count_parameters(config) - config.vocab * config.width - 65 * config.width
     flops = step_flops(config, setting)
     head = config.vocab * config.width
     exact = (
-        2 * 2 * (matrices - head) + 2 * 2 * head + 4 * 4096 * 32 * 3
-    )  # tokens: 2 in layers, 2 in the head; 3 pairs
+        2 * 3 * (matrices - head) + 2 * 4 * head + 4 * 4096 * 32 * 5
+    )  # tokens: 3 in layers, 4 in the head; 5 pairs
     assert flops.base == exact and flops.policy == 3 * exact
     assert step_flops(config, dataclasses.replace(setting, lora=8)).policy == 2 * exact
-    assert step_flops(config, dataclasses.replace(setting, method="dpo")).twist == 0
+    assert step_flops(config, dataclasses.replace(setting, method="dpo", twist=None)).twist == 0
     windowed = dataclasses.replace(config.attention, windows=(1,) * 32)
     local = step_flops(dataclasses.replace(config, attention=windowed), setting)
-    assert flops.base - local.base == 4 * 4096 * 32 * 1
+    assert flops.base - local.base == 4 * 4096 * 32 * 2
 
 
 def test_presets_have_their_sizes():
@@ -134,18 +136,18 @@ ENTRY %main {
         ({"mesh": "fsdp=4"}, "data=1 x fsdp=4 x tensor=1 makes 4 devices; the topology has 8"),
         ({"mesh": "experts=8"}, "'experts=8' must be AXIS=SIZE"),
         ({"mesh": "tensor=8"}, "mesh tensor=8 does not divide the 4 heads of layers.query.kernel"),
-        ({"mesh": "fsdp=8", "batch": "6"}, "--batch 6: prompts are split over data x fsdp = 8"),
+        ({"mesh": "fsdp=8", "batch": "6"}, "--batch 6 cannot be split over data x fsdp = 8 devices"),
         (
             {"mesh": "fsdp=8", "batch": "8", "gradient-accumulation": "2"},
-            "--batch 8: prompts are split over data x fsdp = 8 and 2 parts: use a multiple of 16",
+            "--batch 8 in 2 parts cannot be split over data x fsdp = 8 devices: use a multiple of 16",
         ),
-        ({"gradient-accumulation": "3"}, "--gradient-accumulation must divide --batch 8; got 3"),
-        ({"method": "magic"}, "--method magic: unknown; known: rlhf, reinforce"),
-        ({"method": "dpo", "samples": "1"}, "--samples 1: dpo compares samples"),
-        ({"method": "dpo", "twist": "trunk"}, "dpo has no twist head"),
+        ({"gradient-accumulation": "3"}, "--gradient-accumulation must divide --batch = 8; got 3"),
+        ({"method": "magic"}, "unknown method 'magic' (known: rloo,"),
+        ({"method": "dpo", "num-samples": "1"}, "--num-samples must be at least 2; got 1"),
+        ({"method": "dpo", "twist": "trunk"}, "--twist trunk: dpo has no values"),
         ({"horizon": "9000"}, "the model's context is 8192"),
-        ({"prompt": "0"}, "--prompt must be at least 1"),
-        ({"lora": "-1"}, "--lora must be a rank"),
+        ({"prompt-length": "0"}, "--prompt-length must be at least 1"),
+        ({"lora": "-1"}, "--lora must be at least 0"),
     ],
 )
 def test_bad_input_is_one_clear_line(options, message, capsys):
@@ -187,16 +189,16 @@ def test_meshes_are_read():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
-    [["--lora", "4"], ["--twist", "trunk"], ["--method", "best-of-n", "--gradient-accumulation", "2"]],
+    [["--lora", "4"], ["--method", "ppo"], ["--method", "best-of-n", "--gradient-accumulation", "2"]],
     ids=["lora", "trunk", "best-of-n in parts"],
 )
 def test_the_command_plans_variants(extra, capsys):
-    sizes = ["--batch", "8", "--prompt", "4", "--horizon", "4", "--samples", "2"]
+    sizes = ["--batch", "8", "--prompt-length", "4", "--horizon", "4", "--num-samples", "4"]
     mesh = ["--topology", "cpu:8", "--mesh", "data=2,fsdp=2,tensor=2"]
     assert main(["plan", "--model", "tiny", *mesh, *sizes, *extra, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    adapters, trunk = "--lora" in extra, "trunk" in extra
-    assert told["setting"]["parts"] == (2 if "--gradient-accumulation" in extra else 1)
+    adapters, trunk = "--lora" in extra, "ppo" in extra
+    assert told["setting"]["gradient_accumulation"] == (2 if "--gradient-accumulation" in extra else 1)
     assert (told["resident_bytes"]["parameters"] < told["resident_bytes"]["base"]) == adapters
     assert (told["resident_bytes"]["twist"] > told["resident_bytes"]["base"]) == trunk
 
@@ -210,5 +212,5 @@ def test_the_command_plans_variants(extra, capsys):
 def test_large_models_fit_on_their_slices(model, topology, mesh, prompts):
     devices = find_topology(topology)
     sizes = parse_mesh(mesh, len(devices.devices))
-    made = make_plan(read_model(model), Setting(prompts=prompts), devices, sizes)
+    made = make_plan(read_model(model), Setting("ppo", batch=prompts, twist="head"), devices, sizes)
     assert made.fits and made.peak < 0.9 * made.memory

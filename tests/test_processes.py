@@ -219,7 +219,7 @@ def test_a_run_in_two_processes_equals_it_in_one(world, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["decision-transformer", "trajectory-balance", "dpo"])
+@pytest.mark.parametrize("method", ["dt-tilted", "tb-replay", "dpo"])
 def test_other_families_in_two_processes(method, world, tmp_path):
     more = ("--lora", 2) if method == "dpo" else ()
     assert world.kl_rl(*arguments(world, method, tmp_path / "one", *more)).returncode == 0

@@ -10,7 +10,8 @@ from kl_rl.core.streaming import stream
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.core.transform import Transform
 from kl_rl.models import DecoderConfig, decoder_policy, init_weights
-from kl_rl.runs.returns import deployed_policy, with_place, write_returns
+from kl_rl.runs.prompts import with_place
+from kl_rl.runs.returns import deployed_policy, write_returns
 from kl_rl.storage.errors import TrainingError
 
 BEGIN, FIRST, RETURNS, HORIZON = 11, 12, 3, 6

@@ -15,8 +15,7 @@ from kl_rl.huggingface.opened import begin_of, load_model
 from kl_rl.models import last_hidden
 from kl_rl.rewards.host import load_reward, rewards_of
 from kl_rl.rewards.values import PromptText
-from kl_rl.runs import Settings, Sizes, Task
-from kl_rl.runs.prompts import load_prompts
+from kl_rl.runs.prompts import load_prompts, reader_of
 from kl_rl.storage.errors import TrainingError
 from kl_rl.tokenizer import load_tokenizer
 
@@ -133,8 +132,8 @@ def test_prompts_of_a_file_bring_their_conversation_to_the_reward(tmp_path):
     talks, _ = two_copies(HERE.parent / "qwen3", tmp_path)
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"messages": ASKED}) + "\n" + json.dumps({"prompt": "the moon"}) + "\n")
-    settings = Settings(Task("rlhf", str(talks), str(file), "none"), Sizes(horizon=4))
-    asked, told = load_prompts(settings, load_model(talks)).take(np.arange(2)).texts
+    reader = reader_of(load_model(talks), 4, place=False)
+    asked, told = load_prompts(str(file), None, None, reader).take(np.arange(2)).texts
     assert (asked, asked.messages) == ("user: the sun\n>", ASKED)
     assert (told, told.messages) == ("the moon", None)
 

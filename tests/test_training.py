@@ -14,9 +14,10 @@ from training_world import contents, make_world, programs_kept
 
 from kl_rl.core.rollouts import score
 from kl_rl.core.trajectories import Trajectories
-from kl_rl.experiments.compare.catalogue import CATALOGUE
 from kl_rl.huggingface import load_checkpoint
 from kl_rl.huggingface.opened import model_folder
+from kl_rl.methods import METHODS
+from kl_rl.methods import memory as memories
 from kl_rl.rewards.host import HostReward, load_reward, rewards_of
 from kl_rl.rewards.values import one_by_one
 from kl_rl.runs import (
@@ -27,17 +28,16 @@ from kl_rl.runs import (
     Settings,
     Sizes,
     Task,
-    advance,
     make_job,
+    open_run,
     pretrain,
-    start,
+    take_step,
     train,
 )
-from kl_rl.runs import memory as memories
 from kl_rl.runs.job import Job
 from kl_rl.runs.pretrain import planned_steps, read_text
 from kl_rl.runs.prompts import order_of, split_rows
-from kl_rl.runs.returns import return_edges
+from kl_rl.runs.returns import padded_edges
 from kl_rl.runs.step import blank, decoded
 from kl_rl.storage.checkpoint import Checkpoints
 from kl_rl.storage.errors import BadRewardValue, Stopped, TrainingError
@@ -103,8 +103,8 @@ def test_planned_steps_grow_with_the_minutes_and_stop_at_forty_passes(world):
     assert planned_steps(plan, config, 16 * 40) == 40
 
 
-RESUMED = ["rlhf", "trajectory-balance"]
-SELDOM = ("best-of-n", "decision-transformer", "ppo-lora", "rwr-logged")
+RESUMED = ["rlhf", "tb-replay"]
+SELDOM = ("best-of-n", "dt-tilted", "ppo-lora", "rwr-logged")
 RESUMED += [pytest.param(name, marks=pytest.mark.slow) for name in SELDOM]
 
 
@@ -151,20 +151,20 @@ def test_a_damaged_newest_checkpoint_falls_back_with_a_warning(world, tmp_path):
     assert contents(part) == contents(whole)
 
 
-@pytest.mark.parametrize("method", ["rloo", "trajectory-balance", "expert-iteration"])
+@pytest.mark.parametrize("method", ["rloo", "tb-replay", "expert-iteration"])
 def test_an_adapter_leaves_one_copy_of_the_base(method, world):
     """Nothing that is donated or saved is as large as the base, and the base is alive after steps."""
     job = make_job(asked(world, method, lora=2))
-    run = start(job)
-    largest = max(x.size for x in jax.tree.leaves(job.base.params))
+    run = open_run(job)
+    largest = max(x.size for x in jax.tree.leaves(job.inputs.base.params))
     assert all(x.size < largest for x in jax.tree.leaves(run.state))
-    before = jax.tree.map(np.array, job.base.params)
+    before = jax.tree.map(np.array, job.inputs.base.params)
     for step in range(2):
-        run, _ = advance(job, run, step)
-    assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.array, job.base.params)))
+        run, _ = take_step(job, run, step)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.array, job.inputs.base.params)))
 
 
-@pytest.mark.parametrize("name", [m.name for m in CATALOGUE])
+@pytest.mark.parametrize("name", [m.name for m in METHODS])
 def test_every_method_of_the_catalogue_traces_a_step_with_host_rewards(name, world):
     """The whole step in abstract: shapes of the run do not change, and the metrics are scalars."""
     settings = asked(world, name, sizes=SIZES)
@@ -173,7 +173,7 @@ def test_every_method_of_the_catalogue_traces_a_step_with_host_rewards(name, wor
     run = jax.eval_shape(lambda: blank_of(job))
     batch = abstract_batch(job)
     after, info = jax.eval_shape(
-        job.programs.step, job.base, run, job.knobs, batch, jax.ShapeDtypeStruct((), jnp.int32)
+        job.programs.step, job.inputs.base, run, job.knobs, batch, jax.ShapeDtypeStruct((), jnp.int32)
     )
     same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, after, run)
     assert jax.tree.all(same)
@@ -185,9 +185,9 @@ def blank_of(job):
 
 
 def abstract_batch(job):
-    shape = (job.settings.sizes.batch, job.settings.sizes.num_samples, job.settings.sizes.horizon)
+    shape = (job.sizes.batch, job.sizes.num_samples, job.sizes.horizon)
     leaf = lambda dtype, *size: jax.ShapeDtypeStruct(size or shape, dtype)
-    prompt = leaf(jnp.int32, shape[0], job.train.ids.shape[1])
+    prompt = leaf(jnp.int32, shape[0], job.inputs.train.ids.shape[1])
     return Trajectories(
         prompt, leaf(jnp.int32), *(leaf(jnp.float32) for _ in range(3)), leaf(jnp.float32, *shape[:2])
     )
@@ -197,11 +197,11 @@ def test_the_replay_ring_keeps_what_was_drawn_and_its_probabilities():
     group = lambda value: Trajectories(
         *(jnp.full((2, *size), value, jnp.float32) for size in ((3,), (2, 4), (2, 4), (2, 4), (2, 4), (2,)))
     )
-    empty = Trajectories(*(jnp.zeros((4, *x.shape[1:])) for x in group(0.0)))
+    empty = group(0.0).map_prompts(lambda x: jnp.zeros((4, *x.shape[1:])))
     ring, replay = memories.Ring(empty, jnp.zeros((), jnp.int32)), memories.replay(share=0.5)
     for value in (1.0, 2.0, 3.0):
         batch, ring = replay.draw(ring, jax.random.key(int(value)), group(value))
-        for leaf in batch:  # a group is of one kind as a whole
+        for leaf in jax.tree.leaves(batch):  # a group is of one kind as a whole
             assert bool(jnp.all(leaf.reshape(2, -1) == leaf.reshape(2, -1)[:, :1]))
     assert sorted(set(np.asarray(ring.data.reward).ravel())) == [2.0, 3.0]
     drawn = [replay.draw(ring, jax.random.key(i), group(9.0))[0].reward[:, 0] for i in range(400)]
@@ -210,7 +210,7 @@ def test_the_replay_ring_keeps_what_was_drawn_and_its_probabilities():
 
 
 def with_reward(job: Job, score_of) -> Job:
-    return job._replace(reward=HostReward("test", one_by_one(score_of)))
+    return job._replace(inputs=job.inputs._replace(reward=HostReward("test", one_by_one(score_of))))
 
 
 @pytest.mark.parametrize(
@@ -218,9 +218,9 @@ def with_reward(job: Job, score_of) -> Job:
 )
 def test_a_bad_reward_stops_the_run_before_anything_is_used_up(bad, world):
     job = make_job(asked(world, "rlhf"))
-    run = start(job)
+    run = open_run(job)
     with pytest.raises(BadRewardValue, match=r"for prompt '.* and completion '"):
-        advance(with_reward(job, lambda prompt, completion: bad), run, 0)
+        take_step(with_reward(job, lambda prompt, completion: bad), run, 0)
     assert not any(x.is_deleted() for x in jax.tree.leaves(run))
 
 
@@ -317,54 +317,54 @@ def test_skipping_counts_and_goes_on(world):
         return len(completion)
 
     seen = 0
-    job, run = with_reward(job, fails_sometimes), start(job)
+    job, run = with_reward(job, fails_sometimes), open_run(job)
     for step in range(3):
-        run, row = advance(job, run, step)
+        run, row = take_step(job, run, step)
         seen += row["skipped"]
     assert seen > 0
     with pytest.raises(BadRewardValue, match="every completion"):
-        advance(with_reward(job, lambda p, c: float("nan")), run, 3)
+        take_step(with_reward(job, lambda p, c: float("nan")), run, 3)
 
 
 def test_knob_and_rate_are_arguments_of_one_program(world):
     job = make_job(asked(world, "rlhf"))
-    run, _ = advance(job, start(job), 0)
-    before = job.programs.step._cache_size()  # other tests may have used the same program
+    run, _ = take_step(job, open_run(job), 0)
+    before = job.programs.step.cache_size()  # other tests may have used the same program
     for step, beta in enumerate((0.5, 0.7), 1):
         knobs = job.knobs._replace(value=jnp.float32(beta), learning_rate=jnp.float32(beta / 100))
-        run, _ = advance(job._replace(knobs=knobs), run, step)
-    assert job.programs.step._cache_size() == before
+        run, _ = take_step(job._replace(knobs=knobs), run, step)
+    assert job.programs.step.cache_size() == before
 
 
 def test_the_recorded_probability_is_the_scorers(world):
     """The behaviour's log-probabilities equal teacher forcing, prompts padded on the right."""
-    job = make_job(asked(world, "decision-transformer"))
-    prompt = job.array(job.train.ids)
-    drawn = job.programs.draw(job.base, jax.random.key(0), prompt, None)
+    job = make_job(asked(world, "dt-tilted"))
+    prompt = job.array(job.inputs.train.ids)
+    drawn = job.programs.draw(job.inputs.base, jax.random.key(0), prompt, None)
     batch = Trajectories(
         prompt, drawn.tokens, drawn.mask, jnp.ones_like(drawn.mask), drawn.log_model, drawn.mask[..., 0]
     )
-    np.testing.assert_allclose(score(job.base, batch), drawn.log_model, atol=2e-5)
+    np.testing.assert_allclose(score(job.inputs.base, batch), drawn.log_model, atol=2e-5)
 
 
 def test_return_edges_lie_between_rewards_that_occur():
     reward = np.array([0.0] * 50 + [1.0] * 30 + [2.0] * 15 + [5.0] * 5)
-    edges = return_edges(reward)
+    edges = padded_edges(reward)
     assert edges.shape == (7,) and np.all(np.diff(edges[np.isfinite(edges)]) > 0)
     assert set(edges[np.isfinite(edges)]) <= {0.5, 1.5, 3.5}
     assert 3.5 in edges
     with pytest.raises(TrainingError, match="score 3"):
-        return_edges(np.full(10, 3.0))
+        padded_edges(np.full(10, 3.0))
 
 
 def test_every_prompt_comes_once_an_epoch(world):
     job = make_job(asked(world, "rlhf"))
-    total = len(job.train.texts)
-    order = order_of(job.train, 3, seed=1)
+    total = len(job.inputs.train.texts)
+    order = order_of(job.inputs.train, 3, seed=1)
     index = np.concatenate([order(step) for step in range(total)])
     for epoch in index.reshape(3, total):
         assert sorted(epoch) == list(range(total))
-    assert not set(job.train.texts) & set(job.held_out.texts)
+    assert not set(job.inputs.train.texts) & set(job.inputs.held_out.texts)
 
 
 def test_a_run_goes_on_with_another_mesh(world, tmp_path):
@@ -394,9 +394,10 @@ def test_a_step_in_parts_equals_a_step(world):
     rows = []
     for parts in (1, 2):
         sizes = dataclasses.replace(SIZES, batch=4, gradient_accumulation=parts)
-        job = make_job(asked(world, "vargrad", sizes=sizes))
-        assert job.settings.compared()["gradient_accumulation"] == parts
-        rows.append(advance(job, start(job), 0)[1])
+        settings = asked(world, "vargrad-replay", sizes=sizes)
+        assert settings.compared()["gradient_accumulation"] == parts
+        job = make_job(settings)
+        rows.append(take_step(job, open_run(job), 0)[1])
     assert {name: rows[0][name] for name in rows[0]} == pytest.approx(rows[1], rel=1e-5, abs=1e-6)
 
 
@@ -424,32 +425,36 @@ def with_data(settings, path):
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"), [("dpo", "pairs"), ("vargrad", "rewards"), ("dt-tilted", "rewards")]
+    ("method", "kind"), [("dpo", "pairs"), ("vargrad-replay", "rewards"), ("dt-tilted", "rewards")]
 )
 def test_data_of_the_user_are_the_batches(method, kind, world, tmp_path):
     """Every training prompt with its own completions, end tokens included; none of those that are measured on."""
     sizes = dataclasses.replace(SIZES, horizon=10, batch=3)
     job = make_job(with_data(asked(world, method, sizes=sizes), data_file(world, tmp_path, kind)))
     size = 1 if method == "dt-tilted" else 2  # it compares nothing: each completion is a row
-    assert len(job.train.texts) == 20 // size and job.is_held_out and job.chosen.drawn_from == "data"
-    assert job.data.tokens.shape == (20 // size, size, 10)
-    tokenizer, seen = job.model.tokenizer, []
-    for row, prompt in enumerate(job.train.texts):
+    assert len(job.inputs.train.texts) == 20 // size and job.is_held_out and job.choice.drawn_by == "data"
+    assert job.inputs.data.tokens.shape == (20 // size, size, 10)
+    tokenizer, seen = job.inputs.model.tokenizer, []
+    for row, prompt in enumerate(job.inputs.train.texts):
         number = int(prompt.split()[0])
         words = [["the sun", "a sky", "no rain"][(number + k) % 3] for k in (0, 1)]
         wanted = dict(zip(words, [1.0, 0.0] if kind == "pairs" else [1.5, number / 12], strict=True))
-        texts = decoded(tokenizer, job.data.tokens[row], job.data.mask[row])
-        np.testing.assert_allclose(job.data.reward[row], [wanted[text] for text in texts])
-        ends = [job.data.tokens[row, k, int(job.data.mask[row, k].sum()) - 1] for k in range(size)]
+        texts = decoded(tokenizer, job.inputs.data.tokens[row], job.inputs.data.mask[row])
+        said = job.inputs.data.label if kind == "pairs" else job.inputs.data.reward
+        np.testing.assert_allclose(said[row], [wanted[text] for text in texts])
+        ends = [
+            job.inputs.data.tokens[row, k, int(job.inputs.data.mask[row, k].sum()) - 1] for k in range(size)
+        ]
         assert set(ends) <= set(tokenizer.end_ids)
         seen += [(number, text) for text in texts]
     assert len(set(seen)) == 20
-    np.testing.assert_array_equal(job.data.prompt, job.train.ids)
-    run = start(job)
+    np.testing.assert_array_equal(job.inputs.data.prompt, job.inputs.train.ids)
+    run = open_run(job)
     for step in range(2):
-        run, row = advance(job, run, step)
-        batch = job.data.reward[job.order(step)]
-        assert row["reward"] == pytest.approx(float(np.mean(batch))) and row["loss"] != 0
+        run, row = take_step(job, run, step)
+        batch = job.inputs.data.reward[job.order(step)]
+        assert row["reward"] == pytest.approx(float(np.mean(batch)), nan_ok=True) and row["loss"] != 0
+        assert np.isnan(row["reward"]) == (kind == "pairs")  # comparisons do not say
 
 
 def test_a_prompt_is_trained_on_or_held_out():

@@ -17,7 +17,7 @@ SIZE = (
     "--steps", 8, "--batch", 2, "--num-samples", 4, "--horizon", 8,
     "--held-out", 2, "--eval-every", 4, "--eval-samples", 4, "--lr", 0.01, "--quiet",
 )  # fmt: skip
-METHODS = ("best-of-n", "decision-transformer", "trajectory-balance")
+METHODS = ("best-of-n", "dt-tilted", "tb-replay")
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def constant(prompt, completion):
 
 DATA = {"--prompts": None, "--data": "logged.jsonl"}
 BAD = {
-    "unknown method": ({"method": "rlfh"}, "unknown method 'rlfh'; did you mean rlhf? (known: rlhf"),
+    "unknown method": ({"method": "rlfh"}, "unknown method 'rlfh'; did you mean rlhf? (known: rloo"),
     "missing base": ({"--base": "nowhere"}, "nowhere: no such folder"),
     "base without tokenizer": ({"--base": "no_tokenizer"}, "tokenizer.json: missing"),
     "tokenizer of another model": ({"--base": "wrong_tokenizer"}, "the tokenizer has ids up to"),
@@ -182,7 +182,7 @@ BAD = {
     "function that is not there": ({"--reward": "rewards.py:f"}, "has no function 'f'"),
     "no reward": ({"--reward": "nothing"}, "a reward is module:function"),
     "constant reward": (
-        {"method": "decision-transformer", "--reward": "rewards.py:constant"},
+        {"method": "dt-tilted", "--reward": "rewards.py:constant"},
         "completions score 1: there is no return to condition on",
     ),
     "function without a name": ({"--reward": "rewards.py"}, "name the function too: rewards.py:function"),
@@ -217,8 +217,8 @@ BAD = {
     "not pairs": (DATA | {"method": "dpo"}, 'logged.jsonl: line 1: unknown field "completion"'),
     "unrecorded": (DATA | {"method": "rwr"}, 'logged.jsonl: line 1: missing field "log_behaviour"'),
     "single completion": (
-        {"--prompts": None, "--data": "single.jsonl", "method": "vargrad"},
-        "vargrad compares completions of one prompt: single.jsonl has one of each",
+        {"--prompts": None, "--data": "single.jsonl", "method": "vargrad-replay"},
+        "vargrad-replay compares completions of one prompt: single.jsonl has one of each",
     ),
     "too few draws": (
         DATA | {"method": "best-of-n", "--n": "3"},

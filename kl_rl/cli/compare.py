@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kl_rl.cli.parsing import Subparsers, add_command
 
 if TYPE_CHECKING:
-    from kl_rl.experiments.compare.runner import Plan
+    from kl_rl.experiments.compare.runner import Sizes
 
 __all__ = ["add_parser", "run"]
 
@@ -91,11 +91,13 @@ def _positive(args: argparse.Namespace) -> None:
         raise ValueError("--full goes with an enumerable world, not with --text")
 
 
-def _plan(args: argparse.Namespace) -> Plan:
-    from kl_rl.experiments.compare.runner import Plan
+def _sizes(args: argparse.Namespace) -> Sizes:
+    from kl_rl.experiments.compare.runner import Sizes
 
     plan = (
-        Plan(seeds=8, steps=800, checkpoints=10, base_steps=2500, learning_rate=2e-3) if args.full else Plan()
+        Sizes(seeds=8, steps=800, checkpoints=10, base_steps=2500, learning_rate=2e-3)
+        if args.full
+        else Sizes()
     )
     plan = plan._replace(seeds=args.seeds or plan.seeds, steps=args.steps or plan.steps)
     return plan._replace(checkpoints=min(plan.checkpoints, plan.steps))
@@ -104,12 +106,12 @@ def _plan(args: argparse.Namespace) -> Plan:
 def _run_world(args: argparse.Namespace, folder: Path, progress) -> dict[str, Any]:
     from kl_rl import storage
     from kl_rl.experiments.compare import main, tabular
-    from kl_rl.experiments.compare.catalogue import methods_named
     from kl_rl.experiments.compare.extras import measure_extras
-    from kl_rl.experiments.compare.problem import check_world
+    from kl_rl.experiments.compare.ground import check_world
+    from kl_rl.methods import methods_named
     from kl_rl.worlds import default_world, full_world, load_world
 
-    methods, plan = methods_named(args.methods), _plan(args)
+    methods, plan = methods_named(args.methods), _sizes(args)
     world = load_world(args.world) if args.world else full_world() if args.full else default_world()
     check_world(world)
     settings = {"world": world.spec, "methods": [m.name for m in methods], **plan._asdict()}

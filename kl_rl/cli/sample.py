@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     from kl_rl.core.streaming import stream
     from kl_rl.core.transform import Transform
     from kl_rl.huggingface.opened import begin_of, load_model, model_folder
-    from kl_rl.runs.returns import deployed_policy, with_place
+    from kl_rl.runs.prompts import with_place
+    from kl_rl.runs.returns import deployed_policy
 
     model = load_model(args.model)
     ids = _ids(args, model.tokenizer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from kl_rl.core import numerics
 __all__ = [
     "Decoder",
     "Policy",
+    "Trunk",
+    "Weighted",
     "log_prob_of",
     "sequence_log_prob",
     "token_log_probs",
@@ -47,9 +49,44 @@ class Decoder(NamedTuple):
     prepare: Callable[..., Any] | None = None
 
 
+class Trunk(NamedTuple):
+    """A policy in two halves, so that whole next-token laws can be looked at a few positions at a time.
+
+    Attributes:
+      hidden: ``(weights, prompt [P, L], tokens [P, K, T]) -> features [P, K, T, d]``, each prompt computed once.
+      logits: ``(weights, features [..., d]) -> [..., V]``.
+    """
+
+    hidden: Callable[..., jax.Array]
+    logits: Callable[..., jax.Array]
+
+
+class Weighted:
+    """What policies and twists have in common: parameters, perhaps on top of arrays that belong to somebody else."""
+
+    params: Params
+    shared: Params
+
+    @property
+    def weights(self) -> Params:
+        """What the functions get: the parameters, with the shared arrays before them if there are any."""
+        return self.params if self.shared is None else (self.shared, self.params)
+
+    def with_params(self, params: Params) -> Self:
+        """The same function with other parameters."""
+        return dataclasses.replace(self, params=params)  # type: ignore[type-var]
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.params)
+        count = sum(getattr(leaf, "size", 1) for leaf in leaves)
+        kinds = ", ".join(sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves}))
+        made = getattr(self.apply, "__name__", type(self.apply).__name__)  # type: ignore[attr-defined]
+        return f"{type(self).__name__}({made.strip('_')}, {count:,} parameters: {kinds or 'none'})"
+
+
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Policy:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Policy(Weighted):
     """A sequence model ``q(y | x) = prod_t softmax(apply(params, x, y)[t])[y_t]``.
 
     Attributes:
@@ -60,6 +97,7 @@ class Policy:
       decoder: static; optional incremental form, used for sampling.
       scorer: static; optional ``(weights, prompt [P, L], tokens [P, K, T]) -> log-probabilities [P, K, T]`` that
         never holds all logits and computes each prompt once.
+      trunk: static; optional, see ``Trunk``.
       shared: arrays that belong to somebody else and are never trained (the base under an adapter); the functions
         then get ``(shared, params)`` as their weights.
     """
@@ -69,19 +107,11 @@ class Policy:
     decoder: Decoder | None = dataclasses.field(default=None, metadata={"static": True})
     scorer: Callable[..., jax.Array] | None = dataclasses.field(default=None, metadata={"static": True})
     shared: Params = None
-
-    @property
-    def weights(self) -> Params:
-        """What the functions get: the parameters, with the shared arrays before them if there are any."""
-        return self.params if self.shared is None else (self.shared, self.params)
+    trunk: Trunk | None = dataclasses.field(default=None, metadata={"static": True})
 
     def logits(self, prompt: jax.Array, tokens: jax.Array) -> jax.Array:
         """Next-token logits; prompt [..., L], tokens [..., T] -> [..., T, V]."""
         return self.apply(self.weights, prompt, tokens)
-
-    def with_params(self, params: Params) -> Policy:
-        """The same function with other parameters."""
-        return dataclasses.replace(self, params=params)
 
 
 def token_log_probs(policy: Policy, prompt: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 
 from kl_rl.core.policy import Policy
 
-__all__ = ["Evidence", "Interval", "Posterior", "Threshold", "Tilt", "check_temperature"]
+__all__ = ["Evidence", "Between", "NoEvidence", "Posterior", "Threshold", "Tilt", "check_temperature"]
 
 
 class Evidence(Protocol):
@@ -45,6 +45,19 @@ class Tilt(NamedTuple):
         return reward / self.beta
 
 
+class NoEvidence(NamedTuple):
+    """``l = 1``: the posterior is p0. For methods that choose among samples by rank and read no temperature."""
+
+    @property
+    def hard(self) -> bool:
+        """Soft: every string keeps all of its evidence."""
+        return False
+
+    def log_evidence(self, reward: jax.Array) -> jax.Array:
+        """0 everywhere."""
+        return jnp.zeros_like(reward)
+
+
 class Threshold(NamedTuple):
     """Hard evidence ``l = 1[r >= tau]``: filtered imitation.
 
@@ -63,7 +76,7 @@ class Threshold(NamedTuple):
         return jnp.where(reward >= self.tau, 0.0, -jnp.inf)
 
 
-class Interval(NamedTuple):
+class Between(NamedTuple):
     """Hard evidence ``l = 1[low <= r <= high]``: conditioning on a return (low = high) or on a quantile."""
 
     low: jax.Array | float
@@ -99,3 +112,15 @@ class Posterior:
 
     base: Policy
     evidence: Evidence
+
+    def __post_init__(self) -> None:
+        """Refuse the two in the wrong order; what stands for them inside JAX is let through.
+
+        Raises:
+          TypeError: if one is where the other belongs.
+        """
+        if hasattr(self.base, "log_evidence") or isinstance(self.evidence, Policy):
+            raise TypeError(
+                "Posterior(base, evidence) takes a policy and evidence in this order; "
+                f"got {type(self.base).__name__}, {type(self.evidence).__name__}"
+            )

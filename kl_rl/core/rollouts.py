@@ -13,7 +13,7 @@ from kl_rl.core.sampler import generate
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.core.transform import Transform, transformed
 
-__all__ = ["prefix_values", "rollout", "sample", "score"]
+__all__ = ["rollout", "sample", "score"]
 
 RewardFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -77,14 +77,13 @@ def rollout(
     return Trajectories(prompt, tokens, mask, jnp.ones_like(mask), log_probs, reward)
 
 
-def _grouped(function: Policy, batch: Trajectories) -> jax.Array:
-    """What a policy or twist says of every completion; prompts go in once where the function can share them."""
+def _scored(policy: Policy, batch: Trajectories) -> jax.Array:
+    """Log-probability of every token; prompts go in once where the policy can share them."""
     tokens = jnp.where(batch.mask > 0, batch.tokens, 0)  # whatever pads them need not be an id
-    if function.scorer is not None:
-        return function.scorer(function.weights, batch.prompt, tokens)
-    return function.logits(
-        jnp.broadcast_to(batch.prompt[:, None], (*tokens.shape[:2], batch.prompt.shape[-1])), tokens
-    )
+    if policy.scorer is not None:
+        return policy.scorer(policy.weights, batch.prompt, tokens)
+    prompt = jnp.broadcast_to(batch.prompt[:, None], (*tokens.shape[:2], batch.prompt.shape[-1]))
+    return log_prob_of(policy.logits(prompt, tokens), tokens)
 
 
 def _transformed_score(
@@ -121,21 +120,5 @@ def score(
     if transform is not None and not transform.identity:
         log_probs = _transformed_score(policy, batch, transform, stop)
     else:
-        log_probs = _grouped(policy, batch)
-        if policy.scorer is None:
-            tokens = jnp.where(batch.mask > 0, batch.tokens, 0)
-            log_probs = log_prob_of(log_probs, tokens)
+        log_probs = _scored(policy, batch)
     return numerics.multiply_no_nan(log_probs, batch.action_mask.astype(log_probs.dtype))
-
-
-def prefix_values(twist: Policy, batch: Trajectories) -> jax.Array:
-    """A twist head on every prefix of every completion, in nats; [P, K, T + 1].
-
-    Args:
-      twist: the head.
-      batch: the trajectories.
-
-    Returns:
-      [P, K, T + 1].
-    """
-    return _grouped(twist, batch)

@@ -5,12 +5,13 @@ A logged data set, a replay buffer, an on-policy batch and a set of comparisons 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Trajectories", "check_trajectories", "completion_mask", "pairs", "take"]
+__all__ = ["Trajectories", "check_trajectories", "completion_mask", "pairs"]
 
 
 class Trajectories(NamedTuple):
@@ -24,6 +25,8 @@ class Trajectories(NamedTuple):
       log_behaviour: log-probability of each token under whatever produced it, in nats, recorded when
         sampling and never recomputed; [P, K, T].
       reward: plain data; [P, K].
+      label: what a rater said of each sample (1 for the winner of a pair, a rank, desirability), or None; [P, K].
+      token_reward: rewards of single tokens, beside ``reward``, or None; [P, K, T].
     """
 
     prompt: jax.Array
@@ -32,6 +35,29 @@ class Trajectories(NamedTuple):
     controlled: jax.Array
     log_behaviour: jax.Array
     reward: jax.Array
+    label: jax.Array | None = None
+    token_reward: jax.Array | None = None
+
+    def map_prompts(self, function: Callable[..., jax.Array], *others: Trajectories) -> Trajectories:
+        """``function`` of every array, all of which have the prompts P as leading axis."""
+        return jax.tree.map(function, self, *others)
+
+    def map_samples(
+        self, function: Callable[..., jax.Array], *others: Trajectories, prompt: jax.Array | None = None
+    ) -> Trajectories:
+        """``function`` of every array with axes [P, K, ...]; the prompts stay as they are.
+
+        Args:
+          function: of one array, and of the same array of each of the others.
+          others: batches with the same fields.
+          prompt: the prompts of the result, if they change; [P', L].
+
+        Returns:
+          The batch.
+        """
+        without = lambda batch: batch._replace(prompt=None)
+        mapped = jax.tree.map(function, without(self), *map(without, others))
+        return mapped._replace(prompt=self.prompt if prompt is None else prompt)
 
     @property
     def action_mask(self) -> jax.Array:
@@ -66,10 +92,13 @@ def check_trajectories(batch: Trajectories, *, min_samples: int = 1) -> None:
         "controlled": batch.tokens.shape,
         "log_behaviour": batch.tokens.shape,
         "reward": (num_prompts, num_samples),
+        "label": (num_prompts, num_samples),
+        "token_reward": batch.tokens.shape,
     }
     for name, shape in expected.items():
-        if getattr(batch, name).shape != shape:
-            raise ValueError(f"Trajectories.{name} must be {shape}; got {getattr(batch, name).shape}")
+        found = getattr(batch, name)
+        if found is not None and found.shape != shape:
+            raise ValueError(f"Trajectories.{name} must be {shape}; got {found.shape}")
     if batch.prompt.ndim != 2 or batch.prompt.shape[0] != num_prompts:
         raise ValueError(f"Trajectories.prompt must be [P={num_prompts}, L]; got {batch.prompt.shape}")
     if num_samples < min_samples:
@@ -79,11 +108,6 @@ def check_trajectories(batch: Trajectories, *, min_samples: int = 1) -> None:
         )
 
 
-def take(batch: Trajectories, index: jax.Array) -> Trajectories:
-    """The rows (prompts) ``index`` of a batch, for minibatches of logged data; index [B]."""
-    return Trajectories(*(leaf[index] for leaf in batch))
-
-
 def pairs(batch: Trajectories) -> tuple[Trajectories, jax.Array]:
     """Regroup K samples of a prompt into K // 2 pairs: [P, K, ...] becomes [P * K // 2, 2, ...]; and their prompts."""
     num_prompts, num_samples, _ = batch.tokens.shape
@@ -91,4 +115,4 @@ def pairs(batch: Trajectories) -> tuple[Trajectories, jax.Array]:
         raise ValueError(f"pairs need an even number of samples per prompt; got K = {num_samples}")
     split = lambda x: x.reshape(num_prompts * num_samples // 2, 2, *x.shape[2:])
     prompt = jnp.repeat(batch.prompt, num_samples // 2, axis=0)
-    return Trajectories(prompt, *(split(leaf) for leaf in batch[1:])), prompt
+    return batch.map_samples(split, prompt=prompt), prompt

@@ -101,10 +101,10 @@ def _logged(encoder: Encoder, record: LoggedRecord, assume_base: bool) -> Exampl
 def encode_comparisons(
     records: Iterable[ComparisonRecord], encoder: Encoder, *, skipped: Skipped | None = None
 ) -> Trajectories:
-    """Comparisons: K = 2, the chosen completion first, reward 1 and 0 (its probability p and 1 - p where given).
+    """Comparisons: K = 2, the chosen completion first, label 1 and 0 (its probability p and 1 - p where given).
 
     ``log_behaviour`` is 0: comparisons do not say how likely their completions were, and preference objectives do
-    not ask. Methods that read only which reward is larger take a p below 1/2 as the other one preferred.
+    not ask. Methods that read only which label is larger take a p below 1/2 as the other one preferred.
 
     Args:
       records: P of them.
@@ -120,8 +120,8 @@ def encode_comparisons(
 
     def make(record: ComparisonRecord) -> Example:
         both = (record.chosen, record.rejected)
-        rewards = (record.probability, 1.0 - record.probability)
-        return _unscored(encoder, record.where, record.prompt, both, ("chosen", "rejected"), rewards)
+        labels = (record.probability, 1.0 - record.probability)
+        return _labelled(encoder, record.where, record.prompt, both, ("chosen", "rejected"), labels)
 
     return encoder.stack((partial(make, record) for record in records), skipped)
 
@@ -129,7 +129,7 @@ def encode_comparisons(
 def encode_rankings(
     records: Iterable[RankingRecord], encoder: Encoder, *, skipped: Skipped | None = None
 ) -> Trajectories:
-    """Rankings K-wise: reward is minus the rank, so that larger is better; ``log_behaviour`` is 0.
+    """Rankings K-wise: the label is minus the rank, so that larger is better; ``log_behaviour`` is 0.
 
     For pairs, ``encode_comparisons(ranking_pairs(records), encoder)``.
 
@@ -147,22 +147,22 @@ def encode_rankings(
 
     def make(record: RankingRecord) -> Example:
         names = [f"completion {k + 1}" for k in range(len(record.completions))]
-        rewards = [-float(rank) for rank in record.ranks]
-        return _unscored(encoder, record.where, record.prompt, record.completions, names, rewards)
+        labels = [-float(rank) for rank in record.ranks]
+        return _labelled(encoder, record.where, record.prompt, record.completions, names, labels)
 
     return encoder.stack((partial(make, record) for record in records), skipped)
 
 
-def _unscored(
+def _labelled(
     encoder: Encoder,
     where: str,
     prompt: Content,
     contents: Sequence[Content],
     names: Sequence[str],
-    rewards: Sequence[float],
+    labels: Sequence[float],
 ) -> Example:
     completions = [encoder.completion(where, n, c, None) for n, c in zip(names, contents, strict=True)]
-    return encoder.example(where, encoder.prompt(where, prompt), completions, rewards)
+    return encoder.example(where, encoder.prompt(where, prompt), completions, None, labels)
 
 
 def encode_episodes(

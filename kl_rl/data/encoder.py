@@ -147,11 +147,16 @@ class Encoder:
         return fitted(where, prompt, longest, self.limits, keep=len(self._begin))
 
     def example(
-        self, where: str, prompt: Sequence[int], completions: Sequence[Completion], rewards: Sequence[float]
+        self,
+        where: str,
+        prompt: Sequence[int],
+        completions: Sequence[Completion],
+        rewards: Sequence[float] | None,
+        labels: Sequence[float] | None = None,
     ) -> Example:
         """An example within the limits."""
         longest = max(len(c.tokens) for c in completions)
-        return Example(where, self.fit(where, prompt, longest), completions, rewards)
+        return Example(where, self.fit(where, prompt, longest), completions, rewards, labels)
 
     def stack(self, examples: Iterable[Callable[[], Example]], skipped: Skipped | None) -> Trajectories:
         """Run what makes the examples, passing over those that fail if there is a counter, and stack them."""

@@ -72,12 +72,13 @@ class Completion(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One prompt with its K completions and rewards."""
+    """One prompt with its K completions, and their rewards, or what a rater said of them (rewards are then unknown)."""
 
     where: str
     prompt: Sequence[int]
     completions: Sequence[Completion]
-    rewards: Sequence[float]
+    rewards: Sequence[float] | None
+    labels: Sequence[float] | None = None
 
 
 def fitted(
@@ -154,7 +155,8 @@ def stacked(examples: Sequence[Example], limits: Limits) -> Trajectories:
       limits: gives L and T where they are not to follow the data.
 
     Returns:
-      Trajectories of NumPy arrays: prompt int32 [P, L], tokens int32 [P, K, T], the rest float32.
+      Trajectories of NumPy arrays: prompt int32 [P, L], tokens int32 [P, K, T], the rest float32; rewards that are not
+      known are NaN.
 
     Raises:
       DataError: if there is nothing, or the numbers of completions differ.
@@ -181,6 +183,9 @@ def stacked(examples: Sequence[Example], limits: Limits) -> Trajectories:
             controlled[p, k, :size] = completion.controlled
             log_behaviour[p, k, :size] = completion.log_behaviour
     prompt = padded_prompts([e.prompt for e in examples], limits.prompt)
-    reward = np.array([e.rewards for e in examples], np.float32)
-    arrays: tuple[Any, ...] = (prompt, tokens, mask, controlled, log_behaviour, reward)
+    column = lambda rows: np.array(rows, np.float32)
+    known = first.rewards is not None
+    reward = column([e.rewards for e in examples]) if known else np.full(shape[:2], np.nan, np.float32)
+    label = None if first.labels is None else column([e.labels for e in examples])
+    arrays: tuple[Any, ...] = (prompt, tokens, mask, controlled, log_behaviour, reward, label)
     return Trajectories(*arrays)

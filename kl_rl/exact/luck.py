@@ -116,7 +116,7 @@ def condition_on_return(game: Game, decisions: int, evidence: Evidence) -> Plan:
     Args:
       game: the game.
       decisions: D; the (A O)^D histories are enumerated.
-      evidence: `Interval`, `Threshold`, or any other; luck is inferred together with the actions.
+      evidence: `Between`, `Threshold`, or any other; luck is inferred together with the actions.
 
     Returns:
       Log-probabilities of actions, [H, A] for each decision; the prior where the event has become impossible.

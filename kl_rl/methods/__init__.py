@@ -1,4 +1,4 @@
-"""The solver: methods as expressions over objectives, behaviours and evidence, and the loop around them."""
+"""The solver: methods as expressions over objectives, behaviours and evidence, their cards, and the loop."""
 
 import lazy_loader as lazy
 

@@ -7,10 +7,18 @@ import jax.numpy as jnp
 import optax
 
 from kl_rl import objectives
+from kl_rl.core.posterior import Tilt
 from kl_rl.core.trajectories import Trajectories
+from kl_rl.methods import laws
 from kl_rl.methods.algorithm import Algorithm, Extra, Scored, State, gradient_algorithm
+from kl_rl.methods.card import Method, Paper
+from kl_rl.methods.knobs import BETA
+from kl_rl.methods.needs import Needs
 
-__all__ = ["alpha_divergence"]
+__all__ = ["METHODS", "alpha_divergence"]
+
+# At p* every weight p*/q is one, whoever drew the string.
+_ALPHA = Needs(unrecorded=True, tempered=True, parts=True)
 
 
 def alpha_divergence(
@@ -49,7 +57,31 @@ def alpha_divergence(
     return gradient_algorithm(
         loss,
         optimizer=optimizer,
+        needs=_ALPHA,
         extra=Extra(lambda policy: nothing, track),
-        min_samples=2,
-        soft_evidence=True,
     )
+
+
+ALPHA_HALF = Method(
+    name="alpha-0.5",
+    family="between",
+    idea="alpha-divergence half-way between imitation and RL",
+    function=alpha_divergence,
+    build=lambda beta, given, **options: alpha_divergence(optimizer=given.optimizer(), **options),
+    evidence=Tilt,
+    knob=BETA,
+    needs=_ALPHA,
+    law=laws.tilt,
+    options={"alpha": 0.5},
+    assumes=("a class of policies that holds p*",),
+    theorems=("T1.8",),
+    paper=Paper(
+        "Go and others",
+        2023,
+        "Aligning language models with preferences through f-divergence minimization",
+        "2302.08215",
+    ),
+)
+ALPHA_ONE = ALPHA_HALF._replace(name="alpha-1", idea="on-policy forward KL (DPG)", options={"alpha": 1.0})
+
+METHODS = (ALPHA_HALF, ALPHA_ONE)

@@ -11,17 +11,32 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kl_rl import objectives
 from kl_rl.core import numerics
 from kl_rl.core.mixtures import mixture
 from kl_rl.core.policy import Policy
-from kl_rl.core.posterior import Evidence, Posterior
+from kl_rl.core.posterior import Evidence, NoEvidence, Posterior, Tilt
 from kl_rl.core.trajectories import Trajectories
-from kl_rl.methods.algorithm import Algorithm, Extra, Scored, State, base_policy, gradient_algorithm
+from kl_rl.methods import laws
+from kl_rl.methods.algorithm import Algorithm, Extra, Scored, State, gradient_algorithm
+from kl_rl.methods.card import Given, Method, Paper
+from kl_rl.methods.knobs import BETA, SHARE
+from kl_rl.methods.needs import Needs, base_policy
 
-__all__ = ["ReturnCounts", "decision_transformer", "greatest_return", "tilted_returns", "top_quantile"]
+__all__ = [
+    "METHODS",
+    "ReturnCounts",
+    "decision_transformer",
+    "greatest_return",
+    "return_edges",
+    "tilted_returns",
+    "top_quantile",
+]
+
+_RETURNS = Needs(base_policy, samples=1, returns=True, hard=True, foreign=True, unrecorded=True, parts=True)
 
 
 class ReturnCounts(NamedTuple):
@@ -63,6 +78,30 @@ def top_quantile(fraction: jax.Array | float) -> ReturnPrior:
     return prior
 
 
+def return_edges(reward: np.ndarray, weight: np.ndarray | None = None, *, tokens: int) -> np.ndarray:
+    """Boundaries between return tokens, each half-way between two rewards that occur.
+
+    A token for each distinct reward if there are enough of them, else finer towards high rewards: the uppermost token
+    holds about a hundredth of the mass.
+
+    Args:
+      reward: of strings or samples; [N].
+      weight: their probabilities, or None for samples; [N].
+      tokens: R, at least 2.
+
+    Returns:
+      Ascending; at most [R - 1].
+    """
+    value, index = np.unique(reward, return_inverse=True)
+    middles = 0.5 * (value[1:] + value[:-1])
+    if len(value) <= tokens:
+        return middles
+    mass = np.bincount(index, weight, len(value))
+    below = np.cumsum(mass)[:-1] / mass.sum()
+    wanted = 1.0 - np.geomspace(0.8, 0.01, tokens - 1)
+    return np.unique(middles[[int(np.argmin(np.abs(below - share))) for share in wanted]])
+
+
 def _relabel(batch: Trajectories, edges: jax.Array, first_token: int) -> tuple[Trajectories, jax.Array]:
     """Each sample becomes its own prompt, whose first token says which return it got; and the prompts as they were."""
     num_prompts, num_samples, _ = batch.tokens.shape
@@ -70,7 +109,7 @@ def _relabel(batch: Trajectories, edges: jax.Array, first_token: int) -> tuple[T
     plain = jnp.repeat(batch.prompt, num_samples, axis=0)
     prompt = plain.at[:, 0].set(label.reshape(-1).astype(plain.dtype))
     flat = lambda x: x.reshape(num_prompts * num_samples, 1, *x.shape[2:])
-    return Trajectories(prompt, *(flat(leaf) for leaf in batch[1:])), plain
+    return batch.map_samples(flat, prompt=prompt), plain
 
 
 def decision_transformer(
@@ -128,8 +167,64 @@ def decision_transformer(
     return gradient_algorithm(
         loss,
         optimizer=optimizer,
-        behaviour=base_policy,
+        needs=_RETURNS,
         deploy=deploy,
         prepare=lambda batch: _relabel(batch, edges, first_token),
         extra=Extra(empty, count),
     )
+
+
+def _conditioned(given: Given, prior: ReturnPrior) -> Algorithm:
+    assert given.edges is not None, "a conditional model needs return tokens"
+    return decision_transformer(
+        optimizer=given.optimizer(), edges=given.edges, first_token=given.first_token, return_prior=prior
+    )
+
+
+_CHEN = Paper(
+    "Chen and others",
+    2021,
+    "Decision transformer: Reinforcement learning via sequence modeling",
+    "2106.01345",
+)
+
+DT_TILTED = Method(
+    name="dt-tilted",
+    family="conditioning",
+    idea="return tokens, tilted return prior",
+    function=decision_transformer,
+    build=lambda beta, given: _conditioned(given, tilted_returns),
+    evidence=Tilt,
+    knob=BETA,
+    needs=_RETURNS,
+    law=laws.tilted_returns,
+    assumes=(
+        "a token for each return",
+        "every return seen with every prompt",
+        "tokens of the agent only (no luck)",
+        "a class of policies that holds all conditionals",
+    ),
+    theorems=("T2.3",),
+    paper=_CHEN,
+)
+DT_MAX = DT_TILTED._replace(
+    name="dt-max",
+    idea="return tokens, greatest return",
+    build=lambda nothing, given: _conditioned(given, greatest_return),
+    evidence=lambda nothing: NoEvidence(),
+    knob=None,
+    law=laws.greatest_return,
+)
+DT_QUANTILE = DT_TILTED._replace(
+    name="dt-quantile",
+    idea="return tokens, top quantile",
+    build=lambda fraction, given: _conditioned(given, top_quantile(fraction)),
+    evidence=lambda fraction: NoEvidence(),
+    knob=SHARE,
+    law=laws.top_quantile,
+    paper=Paper(
+        "Lu and others", 2022, "Quark: Controllable text generation with reinforced unlearning", "2205.13636"
+    ),
+)
+
+METHODS = (DT_TILTED, DT_MAX, DT_QUANTILE)

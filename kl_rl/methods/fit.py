@@ -9,7 +9,7 @@ import jax
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior
 from kl_rl.methods.algorithm import Algorithm, Info, State
-from kl_rl.methods.sources import Source
+from kl_rl.methods.memory import Source
 
 __all__ = ["Run", "advance", "start"]
 

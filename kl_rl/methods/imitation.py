@@ -11,11 +11,24 @@ import optax
 
 from kl_rl import objectives
 from kl_rl.core.policy import Policy
-from kl_rl.core.posterior import Posterior
-from kl_rl.methods.algorithm import Algorithm, Extra, State, base_policy, gradient_algorithm
+from kl_rl.core.posterior import NoEvidence, Threshold, Tilt
+from kl_rl.methods import laws
+from kl_rl.methods.algorithm import Algorithm, Extra, State, gradient_algorithm
+from kl_rl.methods.card import Method, Paper
+from kl_rl.methods.knobs import BETA, DRAWS, LEVEL
+from kl_rl.methods.memory import logged
+from kl_rl.methods.needs import Needs, base_policy, frozen_policy
 from kl_rl.objectives import weights
 
-__all__ = ["best_of_n", "expert_iteration", "filtered", "reward_weighted"]
+__all__ = ["METHODS", "best_of_n", "expert_iteration", "filtered", "reward_weighted"]
+
+_IMITATED = Needs(base_policy, samples=1, hard=True, foreign=True, unrecorded=True, parts=True)
+_RWR = _IMITATED._replace(
+    unrecorded=False, tempered=True, parts=False
+)  # weighs by p0 / behaviour, over the batch
+_BEST = _IMITATED._replace(samples=2)
+_EXPERT = _BEST._replace(behaviour=frozen_policy, foreign=False)
+_ROUNDS = 3  # of expert iteration in a run
 
 
 def filtered(*, optimizer: optax.GradientTransformation) -> Algorithm:
@@ -29,14 +42,29 @@ def filtered(*, optimizer: optax.GradientTransformation) -> Algorithm:
       optimizer: for the policy.
 
     Returns:
-      Algorithm; use it with ``Threshold`` or ``Interval`` evidence.
+      Algorithm; use it with ``Threshold`` or ``Between`` evidence.
     """
 
     def loss(scored, evidence, extra):
         weight = jnp.exp(scored.log_evidence)
         return objectives.weighted_likelihood(scored.sequence_log_q, weight), weight
 
-    return gradient_algorithm(loss, optimizer=optimizer, behaviour=base_policy)
+    return gradient_algorithm(loss, optimizer=optimizer, needs=_IMITATED)
+
+
+FILTER = Method(
+    name="filter",
+    family="imitation",
+    idea="imitate samples of p0 above a threshold",
+    function=filtered,
+    build=lambda tau, given: filtered(optimizer=given.optimizer()),
+    evidence=Threshold,
+    knob=LEVEL,
+    needs=_IMITATED,
+    law=laws.filtered,
+    assumes=("samples of p0", "a class of policies that holds the law"),
+    theorems=("T2.3",),
+)
 
 
 def reward_weighted(*, optimizer: optax.GradientTransformation, per_prompt: bool = False) -> Algorithm:
@@ -61,7 +89,33 @@ def reward_weighted(*, optimizer: optax.GradientTransformation, per_prompt: bool
             weight = weights.pooled(log_weight)
         return objectives.weighted_likelihood(scored.sequence_log_q, weight), weight
 
-    return gradient_algorithm(loss, optimizer=optimizer, behaviour=base_policy)
+    return gradient_algorithm(loss, optimizer=optimizer, needs=_RWR)
+
+
+RWR = Method(
+    name="rwr",
+    family="imitation",
+    idea="reward-weighted imitation of p0",
+    function=reward_weighted,
+    build=lambda beta, given, **options: reward_weighted(optimizer=given.optimizer(), **options),
+    evidence=Tilt,
+    knob=BETA,
+    needs=_RWR,
+    law=laws.tilt,
+    assumes=(
+        "large batches",
+        "samples that cover p*, and who drew them",
+        "a class of policies that holds p*",
+    ),
+    theorems=("T4.6",),
+    paper=Paper(
+        "Peters and Schaal",
+        2007,
+        "Reinforcement learning by reward-weighted regression for operational space control",
+        venue="International Conference on Machine Learning",
+    ),
+)
+RWR_LOGGED = RWR._replace(name="rwr-logged", idea="the same from a fixed data set", memory=logged())
 
 
 def _draws_needed(n: jax.Array | float) -> int:
@@ -91,8 +145,26 @@ def best_of_n(n: jax.Array | float, *, optimizer: optax.GradientTransformation) 
       Algorithm; K must be at least n.
     """
     return gradient_algorithm(
-        _best_of_n_loss(n), optimizer=optimizer, behaviour=base_policy, min_samples=_draws_needed(n)
+        _best_of_n_loss(n), optimizer=optimizer, needs=_BEST._replace(samples=_draws_needed(n))
     )
+
+
+BEST_OF_N = Method(
+    name="best-of-n",
+    family="imitation",
+    idea="distil the best of n samples of p0",
+    function=best_of_n,
+    build=lambda n, given: best_of_n(n, optimizer=given.optimizer()),
+    evidence=lambda n: NoEvidence(),
+    knob=DRAWS,
+    needs=_BEST,
+    law=laws.best_of_n,
+    assumes=("samples of p0, at least n of each prompt", "a class of policies that holds the law"),
+    theorems=("T1.7",),
+    paper=Paper(
+        "Beirami and others", 2024, "Theoretical guarantees on the best-of-n alignment policy", "2401.01879"
+    ),
+)
 
 
 class Frozen(NamedTuple):
@@ -127,9 +199,6 @@ def expert_iteration(
         )
         return Frozen(frozen.policy.with_params(params), jnp.where(due, 0, frozen.age) + 1)
 
-    def frozen_policy(state: State, posterior: Posterior) -> Policy:
-        return state.extra.policy
-
     def first(policy: Policy) -> Frozen:
         # The base under an adapter stays shared.
         own = policy.with_params(jax.tree.map(jnp.copy, policy.params))
@@ -138,7 +207,28 @@ def expert_iteration(
     return gradient_algorithm(
         _best_of_n_loss(n),
         optimizer=optimizer,
-        behaviour=frozen_policy,
+        needs=_EXPERT._replace(samples=_draws_needed(n)),
         extra=Extra(first, renew),
-        min_samples=_draws_needed(n),
     )
+
+
+EXPERT_ITERATION = Method(
+    name="expert-iteration",
+    family="imitation",
+    idea="best-of-n distilled three times over",
+    function=expert_iteration,
+    build=lambda n, given, *, refresh=None: expert_iteration(
+        n, optimizer=given.optimizer(), refresh=refresh or max(1, given.steps // _ROUNDS)
+    ),
+    evidence=lambda n: NoEvidence(),
+    knob=DRAWS,
+    needs=_EXPERT,
+    law=lambda log_base, reward, n: laws.best_of_n(log_base, reward, n**_ROUNDS),  # F^n, three times over
+    assumes=("every round is fitted exactly", "the student starts at p0"),
+    theorems=("T1.7",),
+    paper=Paper(
+        "Anthony and others", 2017, "Thinking fast and slow with deep learning and tree search", "1705.08439"
+    ),
+)
+
+METHODS = (FILTER, BEST_OF_N, RWR, RWR_LOGGED, EXPERT_ITERATION)

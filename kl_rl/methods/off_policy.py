@@ -11,10 +11,21 @@ import jax.numpy as jnp
 import optax
 
 from kl_rl import objectives
-from kl_rl.core.policy import Policy
+from kl_rl.core.posterior import Tilt
+from kl_rl.core.twist import Twist
+from kl_rl.methods import laws
 from kl_rl.methods.algorithm import Algorithm, gradient_algorithm
+from kl_rl.methods.card import Method, Paper
+from kl_rl.methods.knobs import BETA
+from kl_rl.methods.memory import logged, replay
+from kl_rl.methods.needs import Head, Needs
 
-__all__ = ["path_consistency", "subtrajectory_balance", "trajectory_balance", "vargrad"]
+__all__ = ["METHODS", "path_consistency", "subtrajectory_balance", "trajectory_balance", "vargrad"]
+
+_ANYBODY = Needs(samples=1, foreign=True, unrecorded=True, tempered=True, parts=True)
+_VARGRAD = _ANYBODY._replace(samples=2)
+_TB = _ANYBODY._replace(heads=(Head.LOG_Z,))
+_PATHS = _ANYBODY._replace(heads=(Head.VALUE,))
 
 
 def vargrad(*, optimizer: optax.GradientTransformation) -> Algorithm:
@@ -33,13 +44,40 @@ def vargrad(*, optimizer: optax.GradientTransformation) -> Algorithm:
         losses = objectives.log_variance(scored.delta)
         return losses, jnp.ones_like(losses)
 
-    return gradient_algorithm(loss, optimizer=optimizer, min_samples=2, soft_evidence=True)
+    return gradient_algorithm(loss, optimizer=optimizer, needs=_VARGRAD)
+
+
+_COVERING = ("samples that cover p*", "a class of policies that holds p*")
+
+VARGRAD_REPLAY = Method(
+    name="vargrad-replay",
+    family="off-policy",
+    idea="log-variance loss, replay",
+    function=vargrad,
+    build=lambda beta, given: vargrad(optimizer=given.optimizer()),
+    evidence=Tilt,
+    knob=BETA,
+    needs=_VARGRAD,
+    memory=replay(),
+    law=laws.tilt,
+    assumes=_COVERING,
+    theorems=("T1.5",),
+    paper=Paper(
+        "Richter and others",
+        2020,
+        "VarGrad: A low-variance gradient estimator for variational inference",
+        "2010.10436",
+    ),
+)
+VARGRAD_LOGGED = VARGRAD_REPLAY._replace(
+    name="vargrad-logged", idea="log-variance loss on a fixed data set", memory=logged()
+)
 
 
 def trajectory_balance(
     *,
     optimizer: optax.GradientTransformation,
-    twist: Policy,
+    twist: Twist,
     twist_optimizer: optax.GradientTransformation | None = None,
 ) -> Algorithm:
     """Trajectory balance with learned log Z, relative to p0 (= Trust-PCL on full paths).
@@ -58,18 +96,42 @@ def trajectory_balance(
     """
 
     def loss(scored, evidence, extra):
-        losses = objectives.trajectory_balance(scored.delta, scored.log_twist[..., 0])
+        losses = objectives.trajectory_balance(scored.delta, scored.heads[Head.LOG_Z])
         return losses, jnp.ones_like(losses)
 
     return gradient_algorithm(
-        loss, optimizer=optimizer, twist=twist, twist_optimizer=twist_optimizer, soft_evidence=True
+        loss, optimizer=optimizer, needs=_TB, heads={Head.LOG_Z: twist}, head_optimizer=twist_optimizer
     )
+
+
+TB_REPLAY = Method(
+    name="tb-replay",
+    family="off-policy",
+    idea="trajectory balance, learned log Z, replay",
+    function=trajectory_balance,
+    build=lambda beta, given, **options: trajectory_balance(
+        optimizer=given.optimizer(),
+        twist=given.head(Head.LOG_Z),
+        twist_optimizer=given.optimizer(10.0),
+        **options,
+    ),
+    evidence=Tilt,
+    knob=BETA,
+    needs=_TB,
+    memory=replay(),
+    law=laws.tilt,
+    assumes=_COVERING,
+    theorems=("T1.4", "T1.5"),
+    paper=Paper(
+        "Malkin and others", 2022, "Trajectory balance: Improved credit assignment in GFlowNets", "2201.13259"
+    ),
+)
 
 
 def subtrajectory_balance(
     *,
     optimizer: optax.GradientTransformation,
-    twist: Policy,
+    twist: Twist,
     decay: jax.Array | float = 1.0,
     twist_optimizer: optax.GradientTransformation | None = None,
 ) -> Algorithm:
@@ -89,19 +151,47 @@ def subtrajectory_balance(
 
     def loss(scored, evidence, extra):
         losses = objectives.subtrajectory_balance(
-            scored.log_q - scored.log_base, scored.log_twist, scored.mask, decay=decay
+            scored.log_q - scored.log_base, scored.heads[Head.VALUE], scored.mask, decay=decay
         )
         return losses, jnp.ones_like(losses)
 
     return gradient_algorithm(
-        loss, optimizer=optimizer, twist=twist, twist_optimizer=twist_optimizer, soft_evidence=True
+        loss, optimizer=optimizer, needs=_PATHS, heads={Head.VALUE: twist}, head_optimizer=twist_optimizer
     )
+
+
+SUBTB_REPLAY = Method(
+    name="subtb-replay",
+    family="off-policy",
+    idea="sub-trajectory balance, twist head, replay",
+    function=subtrajectory_balance,
+    build=lambda beta, given, **options: subtrajectory_balance(
+        optimizer=given.optimizer(),
+        twist=given.head(Head.VALUE),
+        twist_optimizer=given.optimizer(2.0),
+        **options,
+    ),
+    evidence=Tilt,
+    knob=BETA,
+    needs=_PATHS,
+    memory=replay(),
+    law=laws.tilt,
+    options={"decay": 1.5},
+    assumes=_COVERING,
+    theorems=("T1.4",),
+    paper=Paper(
+        "Madan and others",
+        2023,
+        "Learning GFlowNets from partial episodes for improved convergence and stability",
+        "2209.12782",
+    ),
+)
 
 
 def path_consistency(
     *,
     optimizer: optax.GradientTransformation,
-    twist: Policy,
+    twist: Twist,
     window: int = 1,
     twist_optimizer: optax.GradientTransformation | None = None,
 ) -> Algorithm:
@@ -121,10 +211,40 @@ def path_consistency(
 
     def loss(scored, evidence, extra):
         losses = objectives.path_consistency(
-            scored.log_q - scored.log_base, scored.log_twist, scored.mask, window=window
+            scored.log_q - scored.log_base, scored.heads[Head.VALUE], scored.mask, window=window
         )
         return losses, jnp.ones_like(losses)
 
     return gradient_algorithm(
-        loss, optimizer=optimizer, twist=twist, twist_optimizer=twist_optimizer, soft_evidence=True
+        loss, optimizer=optimizer, needs=_PATHS, heads={Head.VALUE: twist}, head_optimizer=twist_optimizer
     )
+
+
+PCL_REPLAY = Method(
+    name="pcl-replay",
+    family="off-policy",
+    idea="path consistency, twist head, replay",
+    function=path_consistency,
+    build=lambda beta, given, **options: path_consistency(
+        optimizer=given.optimizer(),
+        twist=given.head(Head.VALUE),
+        twist_optimizer=given.optimizer(2.0),
+        **options,
+    ),
+    evidence=Tilt,
+    knob=BETA,
+    needs=_PATHS,
+    memory=replay(),
+    law=laws.tilt,
+    options={"window": 2},
+    assumes=_COVERING,
+    theorems=("T1.4",),
+    paper=Paper(
+        "Nachum and others",
+        2017,
+        "Bridging the gap between value and policy based reinforcement learning",
+        "1702.08892",
+    ),
+)
+
+METHODS = (VARGRAD_REPLAY, VARGRAD_LOGGED, TB_REPLAY, SUBTB_REPLAY, PCL_REPLAY)

@@ -53,10 +53,12 @@ def split_parts(batch: Any, num_parts: int) -> Any:
     Raises:
       ValueError: if the parts do not divide the prompts.
     """
-    count = jax.tree.leaves(batch)[0].shape[0]
-    if count % num_parts:
-        raise ValueError(f"{count} prompts cannot be split into {num_parts} parts of equal size")
-    split = lambda x: jnp.moveaxis(x.reshape(count // num_parts, num_parts, *x.shape[1:]), 1, 0)
+
+    def split(x: jax.Array) -> jax.Array:
+        if x.shape[0] % num_parts:
+            raise ValueError(f"{x.shape[0]} prompts cannot be split into {num_parts} parts of equal size")
+        return jnp.moveaxis(x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:]), 1, 0)
+
     return jax.tree.map(split, batch)
 
 

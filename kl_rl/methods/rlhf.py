@@ -10,14 +10,24 @@ import optax
 
 from kl_rl import objectives
 from kl_rl.core import numerics
-from kl_rl.core.policy import Policy
+from kl_rl.core.posterior import Tilt
+from kl_rl.core.twist import Twist
+from kl_rl.methods import laws
 from kl_rl.methods.algorithm import Algorithm, gradient_algorithm
+from kl_rl.methods.card import Method, Paper
+from kl_rl.methods.knobs import BETA, BETA_OVER_STD, STOP
+from kl_rl.methods.needs import Head, Needs
 from kl_rl.objectives import credit
 from kl_rl.objectives.kl import k2
 
-__all__ = ["grpo", "ppo", "reinforce"]
+__all__ = ["METHODS", "grpo", "ppo", "reinforce"]
 
 stop = jax.lax.stop_gradient
+
+# At p* the advantage is the same for every string, whoever drew it.
+_RLOO = Needs(unrecorded=True, tempered=True, parts=True)
+_PPO = Needs(samples=1, heads=(Head.VALUE,), parts=True)
+_GRPO = Needs(parts=True)
 
 
 def reinforce(*, optimizer: optax.GradientTransformation, kl_weight: float = 1.0) -> Algorithm:
@@ -41,13 +51,44 @@ def reinforce(*, optimizer: optax.GradientTransformation, kl_weight: float = 1.0
         losses = objectives.score_function(scored.sequence_log_q, credit.leave_one_out(value))
         return losses, jax.numpy.ones_like(losses)
 
-    return gradient_algorithm(loss, optimizer=optimizer, min_samples=2, soft_evidence=True)
+    return gradient_algorithm(loss, optimizer=optimizer, needs=_RLOO)
+
+
+RLOO = Method(
+    name="rloo",
+    family="rlhf",
+    idea="REINFORCE, leave-one-out baseline, KL in the reward",
+    function=reinforce,
+    build=lambda beta, given, **options: reinforce(optimizer=given.optimizer(), **options),
+    evidence=Tilt,
+    knob=BETA,
+    needs=_RLOO,
+    law=laws.tilt,
+    assumes=("a class of policies that holds p*",),
+    theorems=("T1.5",),
+    paper=Paper(
+        "Ahmadian and others",
+        2024,
+        "Back to basics: Revisiting REINFORCE style optimization for learning from human feedback in LLMs",
+        "2402.14740",
+    ),
+)
+RLOO_FREE = RLOO._replace(
+    name="rloo-free",
+    idea="the same without KL, stopped early",
+    knob=STOP,
+    needs=_RLOO._replace(tempered=False),
+    law=None,
+    options={"kl_weight": 0.0},
+    assumes=("there is no fixed point but the best strings: training is stopped",),
+    theorems=("T2.6",),
+)
 
 
 def ppo(
     *,
     optimizer: optax.GradientTransformation,
-    twist: Policy,
+    twist: Twist,
     clip: float = 0.2,
     decay: float = 0.95,
     value_weight: float = 0.5,
@@ -72,18 +113,37 @@ def ppo(
     """
 
     def loss(scored, evidence, extra):
-        value = stop(scored.log_twist)
+        log_twist = scored.heads[Head.VALUE]
+        value = stop(log_twist)
         token_reward = scored.log_base - scored.log_behaviour
         advantage = credit.generalized_advantage(token_reward, value, scored.live, decay=decay)
         target = advantage + value[..., :-1]
-        error = numerics.masked_sum((scored.log_twist[..., :-1] - target) ** 2, scored.mask)
+        error = numerics.masked_sum((log_twist[..., :-1] - target) ** 2, scored.mask)
         surrogate = objectives.clipped_surrogate(
             scored.log_q, scored.log_behaviour, advantage, scored.mask, clip=clip
         )
         weight = stop(jax.numpy.exp(scored.sequence_log_q - scored.log_behaviour.sum(-1)))
         return surrogate + value_weight * error, weight
 
-    return gradient_algorithm(loss, optimizer=optimizer, twist=twist, epochs=epochs, soft_evidence=True)
+    return gradient_algorithm(loss, optimizer=optimizer, needs=_PPO, heads={Head.VALUE: twist}, epochs=epochs)
+
+
+PPO = Method(
+    name="ppo",
+    family="rlhf",
+    idea="clipped surrogate, critic, GAE, KL in the reward",
+    function=ppo,
+    build=lambda beta, given, *, epochs=2, **options: ppo(
+        optimizer=given.optimizer(epochs=epochs), twist=given.head(Head.VALUE), epochs=epochs, **options
+    ),
+    evidence=Tilt,
+    knob=BETA,
+    needs=_PPO,
+    law=laws.tilt,
+    assumes=("a class of policies that holds p*", "samples of the policy itself"),
+    theorems=("T1.4", "T1.5"),
+    paper=Paper("Schulman and others", 2017, "Proximal policy optimization algorithms", "1707.06347"),
+)
 
 
 def grpo(*, optimizer: optax.GradientTransformation, clip: float = 0.2, epochs: int = 1) -> Algorithm:
@@ -112,4 +172,29 @@ def grpo(*, optimizer: optax.GradientTransformation, clip: float = 0.2, epochs: 
         penalty = k2(scored.sequence_log_q, scored.log_base.sum(-1))
         return surrogate + penalty, jax.numpy.ones_like(penalty)
 
-    return gradient_algorithm(loss, optimizer=optimizer, epochs=epochs, min_samples=2, soft_evidence=True)
+    return gradient_algorithm(loss, optimizer=optimizer, needs=_GRPO, epochs=epochs)
+
+
+GRPO = Method(
+    name="grpo",
+    family="rlhf",
+    idea="group-normalized rewards, KL as k2 in the loss",
+    function=grpo,
+    build=lambda beta, given, *, epochs=1, **options: grpo(
+        optimizer=given.optimizer(epochs=epochs), epochs=epochs, **options
+    ),
+    evidence=Tilt,
+    knob=BETA_OVER_STD,
+    needs=_GRPO,
+    law=laws.standardized_tilt,
+    assumes=("many samples of each prompt", "samples of the policy itself"),
+    theorems=("T1.6",),
+    paper=Paper(
+        "Shao and others",
+        2024,
+        "DeepSeekMath: Pushing the limits of mathematical reasoning in open language models",
+        "2402.03300",
+    ),
+)
+
+METHODS = (RLOO, RLOO_FREE, PPO, GRPO)

@@ -32,6 +32,7 @@ class Cache(NamedTuple):
       layout: of the prompt; [P, L].
       length: tokens in each prompt; [P].
       filled: tokens of the samples that are in the cache; a scalar.
+      hidden: hidden state after the final norm of the last token read, which twist heads look at; [P * K, d].
     """
 
     prompt: Any
@@ -39,6 +40,7 @@ class Cache(NamedTuple):
     layout: Layout
     length: jax.Array
     filled: jax.Array
+    hidden: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +64,9 @@ class Prefill:
         last = jnp.take_along_axis(x, last_index(prompt)[:, None, None], axis=1)[:, 0]
         empty = lambda part: jnp.zeros((*part.shape[:-2], horizon, part.shape[-1]), part.dtype)
         length = jnp.sum(prompt >= 0, axis=-1, dtype=jnp.int32)
-        cache = Cache(kept, jax.tree.map(empty, kept), layout, length, jnp.zeros((), jnp.int32))
-        return logits_of(
-            self.config, weights, normalize(self.config.norm, weights["final_norm"], last)
-        ), cache
+        hidden = normalize(self.config.norm, weights["final_norm"], last)
+        cache = Cache(kept, jax.tree.map(empty, kept), layout, length, jnp.zeros((), jnp.int32), hidden)
+        return logits_of(self.config, weights, hidden), cache
 
 
 def _row_axis(leaf: jax.Array) -> int:
@@ -80,7 +81,8 @@ class Fork:
     def __call__(self, cache: Cache, num_samples: int) -> Cache:
         """Give every sample its own buffers."""
         copy = lambda leaf: jnp.repeat(leaf, num_samples, axis=_row_axis(leaf))
-        return cache._replace(own=jax.tree.map(copy, cache.own))
+        hidden = jnp.repeat(cache.hidden, num_samples, axis=0)
+        return cache._replace(own=jax.tree.map(copy, cache.own), hidden=hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Gather:
     def __call__(self, cache: Cache, ancestor: jax.Array) -> Cache:
         """Regather the samples' buffers; the prompts stay."""
         pick = lambda leaf: jnp.take(leaf, ancestor, axis=_row_axis(leaf))
-        return cache._replace(own=jax.tree.map(pick, cache.own))
+        return cache._replace(own=jax.tree.map(pick, cache.own), hidden=cache.hidden[ancestor])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,8 @@ class Advance:
             self.config, self.execution, weights["layers"], x, angles, self._attend(cache, here), extras
         )
         hidden = normalize(self.config.norm, weights["final_norm"], x)
-        return logits_of(self.config, weights, hidden), cache._replace(own=own, filled=cache.filled + 1)
+        cache = cache._replace(own=own, filled=cache.filled + 1, hidden=hidden)
+        return logits_of(self.config, weights, hidden), cache
 
     def _attend(self, cache: Cache, here: jax.Array) -> Any:
         """One query per sample against its prompt and what it has written, itself included."""

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kl_rl.core.policy import Decoder, Policy
+from kl_rl.core.policy import Decoder, Policy, Trunk
 from kl_rl.models.attention import row_attention
 from kl_rl.models.cache import Advance, Fork, Gather, Prefill, Prepare
 from kl_rl.models.config import DecoderConfig, Execution
@@ -127,6 +127,27 @@ class _LogProbs:
         return token_log_probs_of(self.config, self.execution, weights, flat, target).reshape(tokens.shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Hidden:
+    """Hidden states that predict each token: ``(weights, [P, L], [P, K, T]) -> [P, K, T, d]``."""
+
+    config: DecoderConfig
+    execution: Execution
+
+    def __call__(self, weights: Weights, prompt: jax.Array, tokens: jax.Array) -> jax.Array:
+        return completion_hidden(self.config, self.execution, weights, prompt, tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Logits:
+    """``(weights, hidden [..., d]) -> logits [..., V]``."""
+
+    config: DecoderConfig
+
+    def __call__(self, weights: Weights, hidden: jax.Array) -> jax.Array:
+        return logits_of(self.config, weights, hidden)
+
+
 def decoder_policy(config: DecoderConfig, weights: Weights, execution: Execution | None = None) -> Policy:
     """A language model as a Policy.
 
@@ -140,4 +161,5 @@ def decoder_policy(config: DecoderConfig, weights: Weights, execution: Execution
     """
     how = (config, execution or Execution())
     decoder = Decoder(Prefill(*how), Advance(*how), Fork(), Gather(), Prepare(*how))
-    return Policy(weights, _Apply(*how), decoder, _LogProbs(*how))
+    trunk = Trunk(_Hidden(*how), _Logits(how[0]))
+    return Policy(weights, _Apply(*how), decoder, _LogProbs(*how), trunk=trunk)

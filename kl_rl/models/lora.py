@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kl_rl.core.policy import Decoder, Policy
+from kl_rl.core.policy import Decoder, Policy, Trunk
 
 __all__ = ["PROJECTIONS", "lora_policy", "merge_lora"]
 
@@ -104,7 +104,8 @@ def lora_policy(
         base.decoder.gather,
         adapt(base.decoder.prepare),
     )
-    return Policy(adapter, _Adapted(base.apply, scale), decoder, adapt(base.scorer), shared=weights)
+    trunk = base.trunk and Trunk(_Adapted(base.trunk.hidden, scale), _Adapted(base.trunk.logits, scale))
+    return Policy(adapter, _Adapted(base.apply, scale), decoder, adapt(base.scorer), weights, trunk)
 
 
 def merge_lora(policy: Policy) -> Any:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kl_rl.core.policy import Policy
+from kl_rl.core.twist import Twist
 from kl_rl.models.config import DecoderConfig, Execution
 from kl_rl.models.decoder import decoder_policy
 from kl_rl.models.twist import decoder_twist
@@ -58,7 +59,7 @@ def small_policy(key: jax.Array, vocab: int, **options: Any) -> Policy:
     return decoder_policy(config, init_weights(key, config, jnp.result_type(float)), _execution())
 
 
-def small_twist(key: jax.Array, vocab: int, **options: Any) -> Policy:
+def small_twist(key: jax.Array, vocab: int, **options: Any) -> Twist:
     """A freshly initialized twist head with its own trunk.
 
     ``apply(params, prompt [..., L], tokens [..., T]) -> log_twist [..., T + 1]``, in nats.

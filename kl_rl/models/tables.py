@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from kl_rl.core import numerics
 from kl_rl.core.policy import Decoder, Policy
+from kl_rl.core.twist import Twist
 
 __all__ = ["constant_twist", "table_from_law", "table_policy", "table_twist"]
 
@@ -80,9 +81,16 @@ class _TableStep:
 @dataclasses.dataclass(frozen=True)
 class _TwistApply:
     context: _Context
+    actions: bool = False
 
     def __call__(self, params: jax.Array, prompt: jax.Array, tokens: jax.Array) -> jax.Array:
-        return params[self.context.rows(prompt, tokens)]
+        rows = self.context.rows(prompt, tokens)
+        return params[rows[..., :-1] if self.actions else rows]
+
+
+def _beside(params: jax.Array, row: jax.Array) -> jax.Array:
+    """The entry of the row that the decoder of a table with the same context stands at."""
+    return params[row]
 
 
 def table_policy(key: jax.Array, vocab: int, context: int, *, extra: int = 1, scale: float = 0.0) -> Policy:
@@ -103,23 +111,24 @@ def table_policy(key: jax.Array, vocab: int, context: int, *, extra: int = 1, sc
     return Policy(params, _TableApply(rows), Decoder(_TableInit(rows), _TableStep(rows)))
 
 
-def table_twist(vocab: int, context: int, *, extra: int = 1) -> Policy:
-    """A table of log-twists by the last ``context`` tokens, initially 0: ``apply -> [..., T + 1]``, in nats.
+def table_twist(vocab: int, context: int, *, extra: int = 1, actions: bool = False) -> Twist:
+    """A table of log-twists by the last ``context`` tokens, initially 0, in nats.
 
     Positions are not told apart unless the context is at least T (begin marks then show how much has been
     read).
     """
     rows = _Context(vocab, context, extra)
-    return Policy(jnp.zeros(rows.size, jnp.result_type(float)), _TwistApply(rows))
+    shape = (rows.size, vocab) if actions else (rows.size,)
+    return Twist(jnp.zeros(shape, jnp.result_type(float)), _TwistApply(rows, actions), beside=_beside)
 
 
 def _constant(params: jax.Array, prompt: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.broadcast_to(params, (*tokens.shape[:-1], tokens.shape[-1] + 1))
 
 
-def constant_twist() -> Policy:
+def constant_twist() -> Twist:
     """One learned number, the log Z of trajectory balance for worlds with a single prompt."""
-    return Policy(jnp.zeros((), jnp.result_type(float)), _constant)
+    return Twist(jnp.zeros((), jnp.result_type(float)), _constant)
 
 
 def table_from_law(log_law: jax.Array, prompt: jax.Array, tokens: jax.Array, policy: Policy) -> Policy:

@@ -14,6 +14,7 @@ from flax import nnx
 
 from kl_rl.core.nnx import from_nnx
 from kl_rl.core.policy import Policy
+from kl_rl.core.twist import Twist
 
 __all__ = ["Transformer", "tie_extra_tokens", "transformer_policy", "transformer_twist"]
 
@@ -161,12 +162,13 @@ def transformer_policy(key: jax.Array, vocab: int, **options: Any) -> Policy:
     return from_nnx(Transformer(vocab, rngs=nnx.Rngs(key), **options))
 
 
-def transformer_twist(key: jax.Array, vocab: int, **options: Any) -> Policy:
+def transformer_twist(key: jax.Array, vocab: int, **options: Any) -> Twist:
     """A freshly initialized twist head.
 
     ``apply(params, prompt [..., L], tokens [..., T]) -> log_twist [..., T + 1]``, in nats.
     """
-    return from_nnx(_Twist(Transformer(vocab, outputs=1, rngs=nnx.Rngs(key), **options)))
+    made = from_nnx(_Twist(Transformer(vocab, outputs=1, rngs=nnx.Rngs(key), **options)))
+    return Twist(made.params, made.apply)
 
 
 def tie_extra_tokens(policy: Policy, begin: int) -> Policy:

@@ -1,8 +1,8 @@
-"""Runs that survive: pretraining of a small byte model, fine-tuning by any method of the catalogue with host rewards.
+"""Runs that survive: pretraining of a small byte model, fine-tuning by any method with host rewards.
 
     job = make_job(settings)
-    run = start(job)
-    run, row = advance(job, run, step)
+    held = open_run(job)
+    held, row = take_step(job, held, step)
 
 ``train`` is that loop with checkpoints, measurements and files around it.
 """

@@ -8,18 +8,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from kl_rl.measure.calibration import Bounded, sampled_budget
+from kl_rl.core.estimate import mean_estimate
+from kl_rl.core.policy import Policy
+from kl_rl.measure.calibration import sampled_budget
+from kl_rl.measure.rows import budget_row
 from kl_rl.measure.samples import Samples
-from kl_rl.rewards.host import rewards_of
 from kl_rl.runs.job import Job
-from kl_rl.runs.programs import Drawn, Run
-from kl_rl.runs.step import decoded
+from kl_rl.runs.programs import Held
+from kl_rl.runs.step import Rewarded, decoded, draw, of_base
 from kl_rl.sharding.processes import whole
 from kl_rl.storage.errors import BadRewardValue
 
 __all__ = ["Measured", "evaluation"]
 
 _PREVIEWS = 4
+_SEED = 2**31  # one for all runs: what they are measured with does not depend on how they were trained
 
 
 class Measured(NamedTuple):
@@ -30,16 +33,39 @@ class Measured(NamedTuple):
 
 
 class _Column(NamedTuple):
-    """Samples of one policy on the held-out prompts; arrays [N]."""
+    """Samples of one policy on P prompts, in several rounds of K completions each.
 
-    drawn: list[Drawn]
-    texts: list[str]
+    Attributes:
+      rounds: as they were drawn.
+      prompt: number of the prompt; [N].
+      reward: [N].
+      log_own: under the policy that drew them, nats; [N].
+    """
+
+    rounds: list[Rewarded]
     prompt: np.ndarray
     reward: np.ndarray
     log_own: np.ndarray
 
+    @property
+    def entropy(self) -> float:
+        """Nats per token."""
+        tokens = sum(np.asarray(r.drawn.mask).sum() for r in self.rounds)
+        return float(-self.log_own.sum() / max(tokens, 1.0))
 
-def evaluation(job: Job) -> Callable[[Run, int], Measured]:
+
+def _column(rounds: list[Rewarded]) -> _Column:
+    flat = lambda x: np.asarray(x, np.float64).ravel()
+    prompts, samples = rounds[0].reward.shape
+    number = np.tile(np.repeat(np.arange(prompts), samples), len(rounds))
+    reward = np.concatenate([flat(r.reward) for r in rounds])
+    if np.isfinite(reward).sum() < 2:
+        raise BadRewardValue("the reward function failed on every held-out completion; mend it")
+    own = np.concatenate([flat(np.asarray(r.drawn.log_model).sum(-1, dtype=np.float64)) for r in rounds])
+    return _Column(rounds, number, reward, own)
+
+
+def evaluation(job: Job) -> Callable[[Held, int], Measured]:
     """A function that measures a run.
 
     Samples of the tuned and of the base policy, each scored under both; the base's are drawn once. Keys are the same
@@ -49,60 +75,50 @@ def evaluation(job: Job) -> Callable[[Run, int], Measured]:
       job: the run's fixed parts.
 
     Returns:
-      ``(run, steps done) -> Measured``: in nats the budget with its 95 % limits, and its warnings; the mean rewards of
-      the samples of either policy; the entropy of the tuned one, per token. Raises ``BadRewardValue`` if rewards fail
-      and are not to be skipped.
+      ``(held, steps done) -> Measured``: in nats the budget with its 95 % limits, and its warnings; the mean rewards of
+      the samples of either policy; the entropy of the tuned one, per token; KL(p0 || q). Raises ``BadRewardValue`` if
+      rewards fail and are not to be skipped.
     """
-    key = jax.random.fold_in(job.key(), 2**30 + 1)
-    prompt, kept = job.array(job.held_out.ids), list[_Column]()
+    prompts, programs, base = job.inputs.held_out, job.programs, job.inputs.base
+    key, ids = jax.random.key(_SEED), job.array(prompts.ids)
+    rounds, kept = range(-(-job.sizes.eval_samples // job.sizes.num_samples)), list[_Column]()
+    own_key = lambda who, r: job.placed(jax.random.fold_in(jax.random.fold_in(key, who), r))
 
-    def base_samples() -> _Column:
+    def under(policy: Policy, column: _Column) -> np.ndarray:
+        score = lambda drawn: whole(programs.score(policy, ids, drawn.tokens, drawn.mask))
+        return np.concatenate([score(r.drawn).astype(np.float64).ravel() for r in column.rounds])
+
+    def measure(held: Held, step: int) -> Measured:
+        policy = programs.deployed(base, held, job.knobs)
         if not kept:
-            draw = lambda k: job.programs.draw(job.base, k, prompt, None)
-            kept.append(_column(job, draw, jax.random.fold_in(key, 0)))
-        return kept[0]
-
-    def measure(run: Run, step: int) -> Measured:
-        policy = job.programs.deployed(job.base, run, job.knobs)
-        draw = lambda k: job.programs.draw(policy, k, prompt, None)
-        tuned, base = _column(job, draw, jax.random.fold_in(key, 1)), base_samples()
-        under = lambda who, column: _scored(
-            lambda d: job.programs.score(who, prompt, d.tokens, d.mask), column.drawn
-        )
-        under_base, under_tuned = under(job.base, tuned), under(policy, base)
-        budget = sampled_budget(
-            _samples(tuned, tuned.log_own, under_base), _samples(base, under_tuned, base.log_own)
-        )
-        row = {
-            "step": step,
-            **_row(budget),
-            "reward": float(np.nanmean(tuned.reward)),
-            "base_reward": float(np.nanmean(base.reward)),
-            "entropy": _entropy(tuned),
-            "bad_rewards": _bad(tuned, base),
-            "held_out": job.is_held_out,
-            "warnings": budget.warnings,
-        }
-        return Measured(row, _previews(job, tuned, under_base, step))
+            of = lambda r: of_base(job, f"held-out-{r}", prompts, lambda: own_key(0, r), plain=True)
+            kept.append(_column([of(r) for r in rounds]))
+        tuned = _column([draw(job, policy, own_key(1, r), prompts, plain=True) for r in rounds])
+        row, under_base = _measured(tuned, kept[0], under(base, tuned), under(policy, kept[0]))
+        previews = _previews(tuned, prompts.texts, job.inputs.model.tokenizer, under_base, step)
+        return Measured({"step": step, **row, "held_out": job.is_held_out}, previews)
 
     return measure
 
 
-def _column(job: Job, draw: Callable[[jax.Array], Drawn], key: jax.Array) -> _Column:
-    rounds = -(-job.settings.sizes.eval_samples // job.settings.sizes.num_samples)
-    drawn = [whole(draw(jax.random.fold_in(key, r))) for r in range(rounds)]
-    texts = [text for d in drawn for text in decoded(job.model.tokenizer, d.tokens, d.mask)]
-    shape, skip = drawn[0].tokens.shape[:2], job.settings.saving.on_bad_reward == "skip"
-    number = np.tile(np.repeat(np.arange(shape[0]), shape[1]), rounds)
-    reward = rewards_of(job.reward, [job.held_out.texts[i] for i in number], texts, skip=skip)
-    if np.isfinite(reward).sum() < 2:
-        raise BadRewardValue("the reward function failed on every held-out completion; mend it")
-    own = np.concatenate([d.log_model.sum(-1, dtype=np.float64).ravel() for d in drawn])
-    return _Column(drawn, texts, number, reward.astype(np.float64), own)
-
-
-def _scored(score: Callable[[Drawn], jax.Array], drawn: list[Drawn]) -> np.ndarray:
-    return np.concatenate([whole(score(d)).astype(np.float64).ravel() for d in drawn])
+def _measured(
+    tuned: _Column, base: _Column, tuned_under_base: np.ndarray, base_under_tuned: np.ndarray
+) -> tuple[dict[str, Any], np.ndarray]:
+    """The numbers of a measurement, and log p0 of the tuned samples."""
+    budget = sampled_budget(
+        _samples(tuned, tuned.log_own, tuned_under_base), _samples(base, base_under_tuned, base.log_own)
+    )
+    forgotten = mean_estimate(base.log_own - base_under_tuned)
+    failed = int(sum(np.isnan(column.reward).sum() for column in (tuned, base)))
+    row = budget_row(budget) | {
+        "reward": float(np.nanmean(tuned.reward)),
+        "base_reward": float(np.nanmean(base.reward)),
+        "entropy": tuned.entropy,
+        "kl_base": forgotten.value,
+        "kl_base_stderr": forgotten.stderr,
+        "bad_rewards": failed,
+    }
+    return row, tuned_under_base
 
 
 def _samples(column: _Column, log_tuned: np.ndarray, log_base: np.ndarray) -> Samples:
@@ -111,35 +127,20 @@ def _samples(column: _Column, log_tuned: np.ndarray, log_base: np.ndarray) -> Sa
     return Samples(column.reward[good], log_tuned[good], log_base[good], prompt)
 
 
-def _bad(*columns: _Column) -> int:
-    return int(sum(np.isnan(c.reward).sum() for c in columns))
-
-
-def _entropy(column: _Column) -> float:
-    """Nats per token."""
-    return float(-column.log_own.sum() / max(sum(d.mask.sum() for d in column.drawn), 1.0))
-
-
-def _row(budget: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    for name in ("kl", "P", "S", "C", "C_fwd", "C_JS"):
-        part: Bounded | None = getattr(budget, name)
-        if part is not None:
-            row |= {name: part.value, f"{name}_lower": part.lower, f"{name}_upper": part.upper}
-    sizes = {"ess_tuned": budget.ess_tuned, "ess_base": budget.ess_base, "unreached": budget.unreached}
-    return row | {"samples": budget.n_tuned, **sizes}
-
-
-def _previews(job: Job, tuned: _Column, under_base: np.ndarray, step: int) -> list[dict[str, Any]]:
+def _previews(
+    tuned: _Column, prompts: Any, tokenizer: Any, under_base: np.ndarray, step: int
+) -> list[dict[str, Any]]:
     """The first completion of the first few prompts."""
-    first = [int(np.flatnonzero(tuned.prompt == i)[0]) for i in range(min(_PREVIEWS, tuned.prompt.max() + 1))]
+    drawn, samples = tuned.rounds[0].drawn, tuned.rounds[0].reward.shape[1]
+    some = slice(0, min(_PREVIEWS, len(prompts)))
+    texts = decoded(tokenizer, np.asarray(drawn.tokens)[some, 0], np.asarray(drawn.mask)[some, 0])
     return [
         {
             "step": step,
-            "prompt": job.held_out.texts[tuned.prompt[i]],
-            "completion": tuned.texts[i],
-            "reward": float(tuned.reward[i]),
-            "log_ratio": float(tuned.log_own[i] - under_base[i]),
+            "prompt": prompts[i],
+            "completion": text,
+            "reward": float(tuned.reward[i * samples]),
+            "log_ratio": float(tuned.log_own[i * samples] - under_base[i * samples]),
         }
-        for i in first
+        for i, text in enumerate(texts)
     ]

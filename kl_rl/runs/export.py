@@ -10,7 +10,7 @@ import numpy as np
 from kl_rl.huggingface import save_checkpoint
 from kl_rl.models import merge_lora
 from kl_rl.runs.job import Job
-from kl_rl.runs.programs import Run
+from kl_rl.runs.programs import Held
 from kl_rl.runs.returns import write_returns
 from kl_rl.sharding.processes import whole
 from kl_rl.tokenizer import Tokenizer
@@ -32,22 +32,22 @@ class _Conditional(NamedTuple):
         write_returns(folder, self.first_token, self.log_prior, self.edges)
 
 
-def export(job: Job, run: Run, folder: Path) -> None:
+def export(job: Job, held: Held, folder: Path) -> None:
     """Write what was learned so that transformers and ``kl-rl sample`` open it.
 
     Args:
       job: the run's fixed parts.
-      run: at its end, in every process.
+      held: by the run at its end, in every process.
       folder: made by the first process, or replaced as a whole.
 
     Raises:
       OSError: the disk is full or cannot be written.
     """
-    policy = job.programs.trained(job.base, run)
-    weights = merge_lora(policy) if job.settings.learning.lora else policy.params
-    config, checkpoint = job.model.config, job.model.checkpoint
-    tokenizer, beside = job.model.tokenizer, None
-    if job.chosen.returns:
-        mixed = job.programs.deployed(job.base, run, job.knobs)
-        beside = _Conditional(tokenizer, job.model.first_token, *whole((mixed.params.log_prior, run.edges)))
-    save_checkpoint(folder, config, weights, like=checkpoint, tokenizer_from=beside or tokenizer)
+    model, base = job.inputs.model, job.inputs.base
+    policy = job.programs.trained(base, held)
+    weights = merge_lora(policy) if job.lora else policy.params
+    tokenizer, beside = model.tokenizer, None
+    if job.choice.method.needs.returns:
+        mixed = job.programs.deployed(base, held, job.knobs)
+        beside = _Conditional(tokenizer, model.first_token, *whole((mixed.params.log_prior, held.edges)))
+    save_checkpoint(folder, model.config, weights, like=model.checkpoint, tokenizer_from=beside or tokenizer)

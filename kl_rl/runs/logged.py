@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.data import (
@@ -15,70 +13,53 @@ from kl_rl.data import (
     grouped,
     load_records,
 )
-from kl_rl.huggingface.opened import Model
-from kl_rl.runs.methods import Chosen
-from kl_rl.runs.prompts import Prompts, encoded, encoder_of
-from kl_rl.runs.settings import Settings
+from kl_rl.methods.needs import Feed
+from kl_rl.runs.choice import Choice
+from kl_rl.runs.prompts import Prompts, Reader
 from kl_rl.storage.errors import TrainingError
 
-__all__ = ["Logged", "load_logged"]
+__all__ = ["load_logged"]
 
 
-class Logged(NamedTuple):
-    """N prompts with their K completions each.
-
-    Attributes:
-      prompts: N of them, also in ``batch``.
-      batch: host arrays, [N, K, ...].
-    """
-
-    prompts: Prompts
-    batch: Trajectories
-
-    def take(self, index: np.ndarray) -> Logged:
-        """The rows ``index``."""
-        return Logged(self.prompts.take(index), Trajectories(*(leaf[index] for leaf in self.batch)))
-
-
-def _check_draws(settings: Settings, chosen: Chosen, found: int) -> None:
-    task = settings.task
-    if chosen.needs_groups and found < 2:
-        raise TrainingError(f"{task.method} compares completions of one prompt: {task.data} has one of each")
-    if chosen.method.knob == "n" and task.n > found:
+def _check_draws(file: str, choice: Choice, found: int) -> None:
+    method = choice.method
+    if method.needs.samples > found:
+        raise TrainingError(f"{method.name} compares completions of one prompt: {file} has one of each")
+    if method.knob is not None and method.knob.option == "n" and choice.value > found:
         raise TrainingError(
-            f"--n must be at most the {found} completions that {task.data} has of a prompt; got {task.n:g}"
+            f"--n must be at most the {found} completions that {file} has of a prompt; got {choice.value:g}"
         )
 
 
-def load_logged(settings: Settings, model: Model, chosen: Chosen) -> Logged:
+def load_logged(file: str, choice: Choice, reader: Reader) -> tuple[Prompts, Trajectories]:
     """Read a file of data.
 
     Args:
-      settings: of the run.
-      model: its tokenizer and context.
-      chosen: the method: it wants comparisons (``chosen``, ``rejected``), or completions with rewards, those of a
-        prompt joined if it compares them, with ``log_behaviour`` if it weighs by that.
+      file: its name.
+      choice: the method; its needs say whether it wants comparisons (``chosen``, ``rejected``) or completions with
+        rewards, those of a prompt joined if it compares them, with ``log_behaviour`` if it weighs by that.
+      reader: makes ids of texts.
 
     Returns:
-      The data; rewards are 1 and 0 in comparisons.
+      N prompts, and their K completions as host arrays, [N, K, ...]; what raters said of comparisons is ``label``.
 
     Raises:
       TrainingError, DataError: naming file, line and field, or what does not fit.
     """
-    file, encoder = str(settings.task.data), encoder_of(settings, model, completions=True)
+    needs, encoder = choice.method.needs, reader.encoder
     records: list[Any]
     try:
-        if chosen.compares:
+        if needs.feed is Feed.PAIRS:
             records = load_records(file, ComparisonRecord).records
             batch = encode_comparisons(records, encoder)
         else:
             records = load_records(file, LoggedRecord).records
-            records = grouped(records) if chosen.needs_groups else records
+            records = grouped(records) if needs.samples > 1 else records
             recorded = any(record.log_behaviour is not None for record in records)
-            batch = encode_logged(records, encoder, assume_base=not (recorded or chosen.weighs_behaviour))
+            batch = encode_logged(records, encoder, assume_base=needs.unrecorded and not recorded)
     except OSError as error:
         raise TrainingError(f"{file}: cannot be read: {error.strerror or error}") from error
-    _check_draws(settings, chosen, batch.reward.shape[1])
-    prompts = encoded(settings, model, [(record.where, record.prompt) for record in records])
-    arrays: tuple[Any, ...] = (prompts.ids, *batch[1:])
-    return Logged(prompts, Trajectories(*arrays))
+    _check_draws(file, choice, batch.reward.shape[1])
+    prompts = reader.read([(record.where, record.prompt) for record in records])
+    ids: Any = prompts.ids
+    return prompts, batch._replace(prompt=ids)

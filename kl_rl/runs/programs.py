@@ -20,17 +20,17 @@ from kl_rl.core.rollouts import score
 from kl_rl.core.sampler import generate
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.core.transform import Transform
-from kl_rl.experiments.compare.catalogue import Context, Method
-from kl_rl.methods.algorithm import Algorithm, Info, State
-from kl_rl.models import DecoderConfig, constant_twist
-from kl_rl.runs.heads import first_policy, twist_head
-from kl_rl.runs.memory import Memory
+from kl_rl.methods.algorithm import Algorithm, State
+from kl_rl.methods.card import Given, Method
+from kl_rl.methods.optimizers import annealed_adam
+from kl_rl.models import DecoderConfig
+from kl_rl.runs.heads import first_policy, heads_on
 from kl_rl.runs.returns import RETURN_TOKENS
 from kl_rl.runs.settings import Sizes
 from kl_rl.runs.shared import attach, detach
 from kl_rl.sharding import shardings
 
-__all__ = ["Drawn", "Knobs", "Plan", "Programs", "Run", "make_programs"]
+__all__ = ["Drawn", "Held", "Knobs", "Program", "Programs", "Shape", "make_programs"]
 
 
 class Knobs(NamedTuple):
@@ -41,8 +41,8 @@ class Knobs(NamedTuple):
     temperature: jax.Array | None
 
 
-class Run(NamedTuple):
-    """A run in progress; a pytree that can be donated and saved whole.
+class Held(NamedTuple):
+    """All that a run holds between steps; a pytree that can be donated and saved whole.
 
     Attributes:
       state: of the algorithm, without the base's arrays.
@@ -73,74 +73,77 @@ class Drawn(NamedTuple):
     log_model: jax.Array
 
 
+class Program:
+    """A jitted function, called and lowered with the mesh in context, so that the models' layout hints act."""
+
+    def __init__(self, function: Callable[..., Any], mesh: Mesh | None, **fixed: Any):
+        self._function, self._mesh, self._fixed = function, mesh, fixed
+
+    def _within(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if self._mesh is None:
+            return function(*args, **self._fixed)
+        with jax.set_mesh(self._mesh):
+            return function(*args, **self._fixed)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run it."""
+        return self._within(self._function, args)
+
+    def cache_size(self) -> int:
+        """How many times it has been compiled."""
+        return self._function._cache_size()  # type: ignore[attr-defined]
+
+    def lower(self, *args: Any) -> Any:
+        """The program for arguments of these shapes, not yet compiled."""
+        return self._within(self._function.lower, args)  # type: ignore[attr-defined]
+
+
 class Programs(NamedTuple):
     """What is compiled for a method, and who acts; sampling and scoring are shared by all methods.
 
     Attributes:
-      begin: ``(base, knobs, edges, key) -> Run``, jitted.
-      step: ``(base, run, knobs, batch, step) -> Run, Info``, jitted; the run is donated.
-      behaviour: ``(base, run, knobs) -> Policy`` that draws the next batch; moves no array.
-      deployed: ``(base, run, knobs) -> Policy`` that has been learned; moves no array.
-      trained: ``(base, run) -> Policy`` whose parameters are trained; moves no array.
-      draw: ``(policy, key, prompt, temperature or None) -> Drawn``, jitted.
-      score: ``(policy, prompt, tokens, mask) -> [P, K]``, nats, jitted.
+      begin: ``(base, knobs, edges, key) -> held``, memory still empty.
+      step: ``(base, held, knobs, batch, step) -> held, info``; donates ``held``.
+      behaviour: ``(base, held, knobs) -> policy`` that draws the next batch; not compiled.
+      deployed: ``(base, held, knobs) -> policy``, what has been learned; not compiled.
+      trained: ``(base, held) -> policy`` whose parameters are exported; not compiled.
+      draw: ``(policy, key, prompt, temperature or None) -> drawn``.
+      score: ``(policy, prompt, tokens, mask) -> log-probabilities``, nats; [P, K].
     """
 
-    begin: Callable[..., Run]
-    step: Callable[..., tuple[Run, Info]]
+    begin: Program
+    step: Program
     behaviour: Callable[..., Policy]
     deployed: Callable[..., Policy]
     trained: Callable[..., Policy]
-    draw: Callable[..., Drawn]
-    score: Callable[..., jax.Array]
+    draw: Program
+    score: Program
 
 
-class Plan(NamedTuple):
+class Shape(NamedTuple):
     """All that a compiled program depends on; hashable, so that equal runs share their programs.
 
     Attributes:
-      method: row of the catalogue.
-      memory: what it keeps.
-      sizes: of the run.
-      config: architecture.
-      first_token: id of return token 0, or -1.
-      stop: tokens that end a completion.
-      lora: rank of the adapter; 0: none.
-      many_prompts: log Z is a function of the prompt, not one number.
-      mesh: devices; None: wherever the arguments are.
+      method: its card.
+      sizes: K, T, steps, parts of a batch.
+      config: of the model.
+      first_token: id of return token 0; -1: none.
+      stop: ids that end a completion.
+      lora: rank of the adapter; 0: all weights are trained.
+      train_trunk: whether values have a network of their own, or are heads on the base.
+      many_prompts: whether log Z depends on the prompt.
+      mesh: devices; None: the default one.
     """
 
     method: Method
-    memory: Memory
     sizes: Sizes
     config: DecoderConfig
     first_token: int
     stop: tuple[int, ...]
     lora: int = 0
+    train_trunk: bool = False
     many_prompts: bool = True
     mesh: Mesh | None = None
-
-
-def _context(plan: Plan, base: Policy, knobs: Knobs, edges: jax.Array) -> Context:
-    """What a method of the catalogue may know; the reward is not computed in its programs."""
-    sizes = plan.sizes
-    head = twist_head(plan.config, base, train_trunk=not plan.lora)
-    constant = twist_head(plan.config, base, train_trunk=False) if plan.many_prompts else constant_twist()
-    return Context(
-        prompt=jnp.zeros((sizes.batch, 1), jnp.int32),
-        reward_fn=lambda prompt, tokens, mask: jnp.sum(mask, axis=-1),
-        horizon=sizes.horizon,
-        end=None,
-        num_samples=sizes.num_samples,
-        edges=edges,
-        first_token=plan.first_token,
-        twist=head,
-        constant=constant,
-        learning_rate=knobs.learning_rate,  # type: ignore[arg-type]
-        steps=sizes.steps,
-        data_size=sizes.num_samples,
-        parts=sizes.gradient_accumulation,
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("num_samples", "horizon", "stop"))
@@ -167,67 +170,63 @@ def _score(policy: Policy, prompt: jax.Array, tokens: jax.Array, mask: jax.Array
     return jnp.sum(score(policy, batch), axis=-1)
 
 
-def _within(mesh: Mesh | None, program: Callable[..., Any]) -> Callable[..., Any]:
-    """Calls with the mesh in context, so that the models' hints about activations act."""
-    if mesh is None:
-        return program
-
-    def call(*args: Any) -> Any:
-        with jax.set_mesh(mesh):
-            return program(*args)
-
-    return call
+def _made(shape: Shape, base: Policy, knobs: Knobs, edges: jax.Array) -> tuple[Algorithm, Posterior]:
+    """The method at its knob, on this base."""
+    given = Given(
+        optimizer=annealed_adam(
+            knobs.learning_rate, shape.sizes.steps, parts=shape.sizes.gradient_accumulation
+        ),
+        head=heads_on(shape.config, base, train_trunk=shape.train_trunk, many_prompts=shape.many_prompts),
+        steps=shape.sizes.steps,
+        edges=edges,
+        first_token=shape.first_token,
+    )
+    return shape.method.made(knobs.value, given), Posterior(base, shape.method.evidence(knobs.value))
 
 
 @functools.lru_cache(maxsize=16)
-def make_programs(plan: Plan) -> Programs:
+def make_programs(shape: Shape) -> Programs:
     """Everything that is compiled for a run.
 
     Args:
-      plan: what the programs depend on.
+      shape: what it depends on.
 
     Returns:
-      The programs; the same ones for an equal plan.
+      The programs.
     """
-    sizes, mesh = plan.sizes, plan.mesh
-    returns = RETURN_TOKENS if plan.first_token >= 0 else 0
+    mesh, memory = shape.mesh, shape.method.memory
+    returns = RETURN_TOKENS if shape.first_token >= 0 else 0
 
-    def settled(run: Run) -> Run:
-        return run if mesh is None else jax.lax.with_sharding_constraint(run, shardings(run, mesh))
+    def settled(held: Held) -> Held:
+        return held if mesh is None else jax.lax.with_sharding_constraint(held, shardings(held, mesh))
 
-    def made(base: Policy, knobs: Knobs, edges: jax.Array) -> tuple[Algorithm, Posterior]:
-        setup = plan.method.build(knobs.value, _context(plan, base, knobs, edges))
-        return setup.algorithm, Posterior(base, setup.evidence)
-
-    def begin(base: Policy, knobs: Knobs, edges: jax.Array, key: jax.Array) -> Run:
-        algorithm, _ = made(base, knobs, edges)
+    def begin(base: Policy, knobs: Knobs, edges: jax.Array, key: jax.Array) -> Held:
+        algorithm, _ = _made(shape, base, knobs, edges)
         first, kept = jax.random.split(key)
-        state = detach(algorithm.init(first_policy(base, first, plan.lora, returns)))
+        state = detach(algorithm.init(first_policy(base, first, shape.lora, returns)))
         copied = jax.tree.map(jnp.copy, state)  # never an alias of the base, which would be donated
-        return settled(Run(copied, (), kept, edges))
+        return settled(Held(copied, (), kept, edges))
 
-    def step(base: Policy, run: Run, knobs: Knobs, batch: Trajectories, step: jax.Array) -> tuple[Run, Info]:
-        algorithm, posterior = made(base, knobs, run.edges)
-        key = jax.random.fold_in(run.key, 2 * step + 1)
-        batch, memory = plan.memory.draw(run.memory, key, batch)
-        state, info = algorithm.step(attach(run.state, base.params), posterior, batch)
-        return settled(Run(detach(state), memory, run.key, run.edges)), info
+    def step(base: Policy, held: Held, knobs: Knobs, batch: Trajectories, step: jax.Array):
+        algorithm, posterior = _made(shape, base, knobs, held.edges)
+        key = jax.random.fold_in(held.key, 2 * step + 1)
+        batch, kept = memory.draw(held.memory, key, batch)
+        state, info = algorithm.step(attach(held.state, base.params), posterior, batch)
+        return settled(Held(detach(state), kept, held.key, held.edges)), info
 
-    def behaviour(base: Policy, run: Run, knobs: Knobs) -> Policy:
-        algorithm, posterior = made(base, knobs, run.edges)
-        return algorithm.behaviour(attach(run.state, base.params), posterior)
+    def acting(base: Policy, held: Held, knobs: Knobs, *, learned: bool) -> Policy:
+        algorithm, posterior = _made(shape, base, knobs, held.edges)
+        act = algorithm.deploy if learned else algorithm.behaviour
+        return act(attach(held.state, base.params), posterior)
 
-    def deployed(base: Policy, run: Run, knobs: Knobs) -> Policy:
-        algorithm, posterior = made(base, knobs, run.edges)
-        return algorithm.deploy(attach(run.state, base.params), posterior)
-
-    draw = functools.partial(_draw, num_samples=sizes.num_samples, horizon=sizes.horizon, stop=plan.stop)
     return Programs(
-        begin=_within(mesh, jax.jit(begin)),
-        step=_within(mesh, jax.jit(step, donate_argnums=1)),
-        behaviour=behaviour,
-        deployed=deployed,
-        trained=lambda base, run: attach(run.state, base.params).policy,
-        draw=_within(mesh, draw),
-        score=_within(mesh, _score),
+        begin=Program(jax.jit(begin), mesh),
+        step=Program(jax.jit(step, donate_argnums=1), mesh),
+        behaviour=functools.partial(acting, learned=False),
+        deployed=functools.partial(acting, learned=True),
+        trained=lambda base, held: attach(held.state, base.params).policy,
+        draw=Program(
+            _draw, mesh, num_samples=shape.sizes.num_samples, horizon=shape.sizes.horizon, stop=shape.stop
+        ),
+        score=Program(_score, mesh),
     )

@@ -13,12 +13,10 @@ from kl_rl.data import DataError, Encoder, Limits, PromptRecord, load_records
 from kl_rl.data.row import Content
 from kl_rl.huggingface.opened import Model, begin_of
 from kl_rl.rewards.values import PromptText
-from kl_rl.runs.returns import with_place
-from kl_rl.runs.settings import Settings
 from kl_rl.storage.errors import TrainingError
+from kl_rl.tokenizer import Tokenizer
 
-__all__ = ["Prompts", "encoded", "encoder_of", "load_prompts", "order_of", "split_rows"]
-
+__all__ = ["Prompts", "Reader", "load_prompts", "order_of", "reader_of", "split_rows", "with_place"]
 
 _LINE_END = re.compile(r"\r\n|\r|\n")  # not at form feeds and separators of Unicode, as str.splitlines
 
@@ -27,8 +25,8 @@ class Prompts(NamedTuple):
     """N prompts.
 
     Attributes:
-      ids: padded with -1 on the right; where there are return tokens, column 0 is their place; int32 [N, L].
-      texts: as the reward function sees them.
+      ids: padded on the right with -1; int32 [N, L].
+      texts: as the reward sees them.
     """
 
     ids: np.ndarray
@@ -39,79 +37,109 @@ class Prompts(NamedTuple):
         return Prompts(self.ids[index], tuple(self.texts[i] for i in index))
 
 
-def encoder_of(settings: Settings, model: Model, *, completions: bool = False) -> Encoder:
-    """What makes token ids of records, so that a completion of ``--horizon`` tokens fits behind every prompt.
+class Reader(NamedTuple):
+    """What makes ids of texts, made once for a run.
 
-    Args:
-      settings: of the run.
-      model: its tokenizer and context.
-      completions: an end token is put behind completions, where the tokenizer has one.
+    Attributes:
+      tokenizer: of the base.
+      encoder: of prompts and completions; a completion of ``horizon`` tokens fits behind every prompt.
+      horizon: T.
+      begin: the begin mark that the tokenizer puts before texts, or None.
+      place: whether a return token takes the begin mark's place, or one that is made for it.
+    """
 
-    Returns:
-      The encoder.
+    tokenizer: Tokenizer
+    encoder: Encoder
+    horizon: int
+    begin: int | None
+    place: bool
+
+    def read(self, contents: Sequence[tuple[str, Content]]) -> Prompts:
+        """Prompts, each with where it stands, as ids and as texts."""
+        rows, conversations = [], []
+        for where, content in contents:
+            ids = self.encoder.fit(where, self.encoder.prompt(where, content), self.horizon)
+            rows.append(self._placed(where, list(ids)))
+            conversations.append(content.messages if content.tokens is None else None)
+        width = max(map(len, rows))
+        padded = np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
+        return Prompts(padded, tuple(map(PromptText.of, map(self.tokenizer.decode, rows), conversations)))
+
+    def _placed(self, where: str, ids: list[int]) -> list[int]:
+        try:
+            return with_place(ids, self.begin) if self.place else ids
+        except TrainingError as error:
+            raise DataError(f"{where}: {error}") from error
+
+
+def with_place(ids: Sequence[int], begin: int | None) -> list[int]:
+    """A prompt with a place for a return token in front: its begin mark, or -1 where the tokenizer has none.
 
     Raises:
-      TrainingError: nothing would fit.
+      TrainingError: the prompt does not begin with the mark.
     """
-    tokenizer, begin, horizon = model.tokenizer, begin_of(model.tokenizer), settings.sizes.horizon
-    room = model.config.context - int(begin is None and model.first_token >= 0)
+    if begin is None:
+        return [-1, *ids]
+    if list(ids[:1]) != [begin]:
+        raise TrainingError("return tokens replace the begin mark, and this prompt does not begin with it")
+    return list(ids)
+
+
+def reader_of(model: Model, horizon: int, *, place: bool) -> Reader:
+    """What makes ids for a model.
+
+    Args:
+      model: tokenizer and context.
+      horizon: T.
+      place: whether prompts need a place for a return token.
+
+    Returns:
+      The reader.
+
+    Raises:
+      TrainingError: if no prompt can fit.
+    """
+    tokenizer, begin = model.tokenizer, begin_of(model.tokenizer)
+    room = model.config.context - int(place and begin is None)
     if horizon >= room:
         raise TrainingError(
             f"--horizon {horizon} leaves no room for a prompt in a context of {model.config.context}"
         )
-    return Encoder(
+    encoder = Encoder(
         tokenizer,
         Limits(context=room, completion=horizon, vocab=model.config.vocab + model.config.extra),
         render=tokenizer.apply_chat if tokenizer.chat_template is not None else None,
-        add_end=completions and bool(tokenizer.end_ids),
+        add_end=bool(tokenizer.end_ids),
         begin=begin,
     )
+    return Reader(tokenizer, encoder, horizon, begin, place)
 
 
-def encoded(settings: Settings, model: Model, contents: Sequence[tuple[str, Content]]) -> Prompts:
-    """Prompts as ids, with a place for a return token if there are any, and as texts.
-
-    Args:
-      settings: of the run.
-      model: its tokenizer and context.
-      contents: where each is from, and what it is.
-
-    Returns:
-      The prompts.
-
-    Raises:
-      TrainingError, DataError: naming the prompt that does not fit.
-    """
-    encoder, begin = encoder_of(settings, model), begin_of(model.tokenizer)
-    rows, conversations = [], []
-    for where, content in contents:
-        ids = encoder.fit(where, encoder.prompt(where, content), settings.sizes.horizon)
-        try:
-            rows.append(list(ids) if model.first_token < 0 else with_place(ids, begin))
-        except TrainingError as error:
-            raise DataError(f"{where}: {error}") from error
-        conversations.append(content.messages if content.tokens is None else None)
-    width = max(map(len, rows))
-    padded = np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
-    texts = map(PromptText.of, map(model.tokenizer.decode, rows), conversations)
-    return Prompts(padded, tuple(texts))
-
-
-def load_prompts(settings: Settings, model: Model) -> Prompts:
+def load_prompts(file: str, length: int | None, count: int | None, reader: Reader) -> Prompts:
     """Read a file of prompts.
 
     Args:
-      settings: of the run; .jsonl, .parquet (field ``prompt``, ``messages`` or ``prompt_tokens``), or .txt.
-      model: its tokenizer and context.
+      file: .txt: a prompt on each line, or with ``length`` pieces of so many tokens; else records.
+      length: of the pieces.
+      count: use at most this many, evenly spaced; None: all.
+      reader: makes ids of them.
 
     Returns:
       The prompts.
 
     Raises:
-      TrainingError, DataError: naming file, line and field, or the prompt that does not fit the context.
+      TrainingError, DataError: naming file, line and field.
     """
-    encoder_of(settings, model)  # before anything is read
-    return encoded(settings, model, _spread(_contents(settings, model), settings.task.num_prompts))
+    if Path(file).suffix in (".txt", ".md"):
+        contents = _text(file, length, reader.tokenizer)
+    elif length is not None:
+        raise TrainingError("--prompt-length cuts a .txt file; prompts of other files are taken as they are")
+    else:
+        try:
+            contents = [(record.where, record.prompt) for record in load_records(file, PromptRecord).records]
+        except OSError as error:
+            raise TrainingError(f"{file}: cannot be read: {error.strerror or error}") from error
+    return reader.read(_spread(contents, count))
 
 
 def _spread(items: Sequence[tuple[str, Content]], count: int | None) -> list[tuple[str, Content]]:
@@ -121,21 +149,7 @@ def _spread(items: Sequence[tuple[str, Content]], count: int | None) -> list[tup
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def _contents(settings: Settings, model: Model) -> list[tuple[str, Content]]:
-    task = settings.task
-    assert task.prompts is not None
-    if Path(task.prompts).suffix in (".txt", ".md"):
-        return _text(task.prompts, task.prompt_length, model)
-    if task.prompt_length is not None:
-        raise TrainingError("--prompt-length cuts a .txt file; prompts of other files are taken as they are")
-    try:
-        records = load_records(task.prompts, PromptRecord).records
-    except OSError as error:
-        raise TrainingError(f"{task.prompts}: cannot be read: {error.strerror or error}") from error
-    return [(record.where, record.prompt) for record in records]
-
-
-def _text(name: str, length: int | None, model: Model) -> list[tuple[str, Content]]:
+def _text(name: str, length: int | None, tokenizer: Tokenizer) -> list[tuple[str, Content]]:
     """Lines that are not blank, or pieces of ``length`` tokens."""
     try:
         text = Path(name).expanduser().read_bytes().decode("utf-8-sig")
@@ -147,7 +161,7 @@ def _text(name: str, length: int | None, model: Model) -> list[tuple[str, Conten
         lines = enumerate(_LINE_END.split(text), 1)
         found = [(f"{name}: line {number}", Content(text=line)) for number, line in lines if line.strip()]
     else:
-        ids = model.tokenizer.encode(text)
+        ids = tokenizer.encode(text)
         if len(ids) < length:
             raise TrainingError(
                 f"{name}: has {len(ids)} tokens, less than one prompt of --prompt-length {length}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from kl_rl.core.mixtures import mixture
 from kl_rl.core.policy import Policy
 from kl_rl.huggingface.opened import Model, begin_of
+from kl_rl.methods.conditioning import return_edges
 from kl_rl.models import Execution, decoder_policy
 from kl_rl.storage.errors import TrainingError
 
@@ -21,8 +21,7 @@ __all__ = [
     "RETURNS_FILE",
     "RETURN_TOKENS",
     "deployed_policy",
-    "return_edges",
-    "with_place",
+    "padded_edges",
     "with_returns",
     "write_returns",
 ]
@@ -31,8 +30,8 @@ RETURN_TOKENS = 8
 RETURNS_FILE = "kl_rl_returns.json"
 
 
-def return_edges(reward: np.ndarray) -> np.ndarray:
-    """Boundaries between return tokens, finer towards high rewards, each half-way between two rewards that occur.
+def padded_edges(reward: np.ndarray) -> np.ndarray:
+    """Boundaries between return tokens, see ``kl_rl.methods.return_edges``, in an array of known size.
 
     Args:
       reward: of samples of the base; [N].
@@ -41,41 +40,17 @@ def return_edges(reward: np.ndarray) -> np.ndarray:
       Ascending, infinite where there are fewer levels than tokens; float32 [R - 1].
 
     Raises:
-      TrainingError: all samples score alike, so there is no return to condition on.
+      TrainingError: all samples have the same reward.
     """
-    values = np.unique(reward)
-    if len(values) < 2:
+    edges = return_edges(reward, tokens=RETURN_TOKENS)
+    if not len(edges):
         raise TrainingError(
-            f"all {reward.size} completions score {values[0]:g}: there is no return to condition "
+            f"all {reward.size} completions score {reward.flat[0]:g}: there is no return to condition "
             "on; use another reward, a longer --horizon or other prompts"
         )
-    middles = 0.5 * (values[1:] + values[:-1])
-    below = np.searchsorted(np.sort(reward), middles) / reward.size
-    wanted = 1.0 - np.geomspace(0.8, 0.01, RETURN_TOKENS - 1)
-    edges = np.unique(middles[[int(np.argmin(np.abs(below - share))) for share in wanted]])
     padded = np.full(RETURN_TOKENS - 1, np.inf, np.float32)
     padded[: len(edges)] = edges
     return padded
-
-
-def with_place(ids: Sequence[int], begin: int | None) -> list[int]:
-    """A prompt with a place for a return token in front: its begin mark, or -1 where the tokenizer has none.
-
-    Args:
-      ids: of the prompt.
-      begin: id of the begin mark, or None.
-
-    Returns:
-      The ids.
-
-    Raises:
-      TrainingError: there is a begin mark, and this prompt does not begin with it.
-    """
-    if begin is None:
-        return [-1, *ids]
-    if list(ids[:1]) != [begin]:
-        raise TrainingError("return tokens replace the begin mark, and this prompt does not begin with it")
-    return list(ids)
 
 
 def write_returns(folder: Path, first_token: int, log_prior: np.ndarray, edges: np.ndarray) -> None:

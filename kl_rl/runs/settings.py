@@ -38,14 +38,12 @@ class Task:
     """The problem and the method.
 
     Attributes:
-      method: of the catalogue, or one of its friendly names.
+      method: a card's name, a family (its first card), or ``module:NAME`` of a card of one's own.
       base: folder of the base model.
       prompts: file of prompts; None: those of the data.
       reward: see ``kl_rl.rewards.load_reward``.
-      beta: temperature, reward units per nat.
-      n: draws of best-of-n.
-      threshold: least reward of filtered imitation.
-      fraction: share of the base's samples kept by quantile conditioning.
+      beta, n, threshold, fraction: where the method's knob stands, if it is this one; None: its default.
+      options: of the method, "NAME=VALUE" each.
       prompt_length: cut a .txt file into prompts of this many tokens; None: its lines are the prompts.
       num_prompts: use this many prompts at most, spread over the file; None: all.
       data: file to learn from instead of samples: comparisons, or completions with rewards; None: samples.
@@ -55,10 +53,11 @@ class Task:
     base: str
     prompts: str | None
     reward: str
-    beta: float = 1.0
-    n: float = 4.0
+    beta: float | None = None
+    n: float | None = None
     threshold: float | None = None
-    fraction: float = 0.1
+    fraction: float | None = None
+    options: tuple[str, ...] = ()
     prompt_length: int | None = None
     num_prompts: int | None = None
     data: str | None = None
@@ -69,16 +68,13 @@ class Task:
         Raises:
           TrainingError: naming the option.
         """
-        _positive(self, "beta", "fraction")
-        _at_least(self, 1, "n", "prompt_length", "num_prompts")
+        _at_least(self, 1, "prompt_length", "num_prompts")
         if (self.prompts is None) == (self.data is None):
             raise TrainingError(
                 "give --prompts, to draw completions, or --data, to learn from those in a file"
             )
         if self.data is not None and (self.prompt_length or self.num_prompts) is not None:
             raise TrainingError("--prompt-length and --num-prompts are about --prompts, not about --data")
-        if self.fraction > 1:
-            raise TrainingError(f"--fraction must be at most 1; got {self.fraction}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +123,8 @@ class Learning:
     Attributes:
       learning_rate: peak, after a short warm-up; decays linearly to a tenth.
       lora: rank of the adapter; 0: all weights are trained.
+      twist: values (critic, state flow) as a "trunk" of their own, or as a "head" on the base; None: a trunk, beside an
+        adapter a head.
       temperature: of the sampler.
       seed: of samples, prompt order and initialization.
       mesh: devices along ``data``, ``fsdp`` and ``tensor``.
@@ -137,6 +135,7 @@ class Learning:
 
     learning_rate: float = 1e-4
     lora: int = 0
+    twist: str | None = None
     temperature: float = 1.0
     seed: int = 0
     mesh: tuple[tuple[str, int], ...] = ()
@@ -153,6 +152,13 @@ class Learning:
         _positive(self, "learning_rate", "temperature")
         _at_least(self, 0, "lora")
         _seed(self)
+        if self.twist not in (None, "head", "trunk"):
+            raise TrainingError(f"--twist must be head or trunk; got {self.twist}")
+
+    @property
+    def trains_trunk(self) -> bool:
+        """Whether values have a network of their own."""
+        return self.twist == "trunk" if self.twist else not self.lora
 
 
 @dataclasses.dataclass(frozen=True)

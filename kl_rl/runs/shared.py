@@ -7,17 +7,17 @@ from typing import Any
 
 import jax
 
-from kl_rl.core.policy import Policy
+from kl_rl.core.policy import Weighted
 
 __all__ = ["attach", "detach"]
 
 
-def _is_policy(x: Any) -> bool:
-    return isinstance(x, Policy)
+def _is_weighted(x: Any) -> bool:
+    return isinstance(x, Weighted)
 
 
 def detach(tree: Any) -> Any:
-    """Every policy that shares arrays is left with an empty place for them.
+    """Every policy and twist that shares arrays is left with an empty place for them.
 
     Args:
       tree: a state of an algorithm.
@@ -27,9 +27,9 @@ def detach(tree: Any) -> Any:
     """
 
     def one(x: Any) -> Any:
-        return dataclasses.replace(x, shared=()) if _is_policy(x) and x.shared is not None else x
+        return dataclasses.replace(x, shared=()) if _is_weighted(x) and x.shared is not None else x
 
-    return jax.tree.map(one, tree, is_leaf=_is_policy)
+    return jax.tree.map(one, tree, is_leaf=_is_weighted)
 
 
 def attach(tree: Any, shared: Any) -> Any:
@@ -44,6 +44,6 @@ def attach(tree: Any, shared: Any) -> Any:
     """
 
     def one(x: Any) -> Any:
-        return dataclasses.replace(x, shared=shared) if _is_policy(x) and x.shared == () else x
+        return dataclasses.replace(x, shared=shared) if _is_weighted(x) and x.shared == () else x
 
-    return jax.tree.map(one, tree, is_leaf=_is_policy)
+    return jax.tree.map(one, tree, is_leaf=_is_weighted)

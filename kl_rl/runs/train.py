@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from kl_rl.runs.evaluate import evaluation
 from kl_rl.runs.export import export
 from kl_rl.runs.job import Job, make_job
-from kl_rl.runs.programs import Run
+from kl_rl.runs.programs import Held
 from kl_rl.runs.settings import Settings
-from kl_rl.runs.step import advance, blank, start
+from kl_rl.runs.step import blank, open_run, take_step
 from kl_rl.sharding.processes import agreed, is_first
 from kl_rl.storage.checkpoint import outline
 from kl_rl.storage.errors import TrainingError
@@ -21,13 +24,19 @@ from kl_rl.storage.loop import Kept, Position, pick_up, run_steps, to_stderr
 from kl_rl.storage.preemption import Preemption
 from kl_rl.storage.trackers import Sink
 
-__all__ = ["FILES", "train"]
+__all__ = ["FILES", "Files", "train", "train_job"]
 
 METRICS, EVALUATIONS, SAMPLES = FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
 TIMING = "timing.jsonl"  # seconds differ from run to run: kept apart from what is compared bit for bit
 
 Progress = Callable[[float, str], None]
 Say = Callable[[str], None]
+_SAMPLES = {
+    "policy": "",
+    "p0": "samples of p0: ",
+    "frozen policy": "samples of a frozen policy: ",
+    "data": "data: ",
+}
 _MEASURED = {"reward": "reward", "kl": "KL", "C": "C"}
 MakeSinks = Callable[[int], Sequence[Sink]]
 
@@ -44,17 +53,13 @@ def train(
     say: Say = to_stderr,
     make_sinks: MakeSinks = lambda step: (),
 ) -> dict[str, Any]:
-    """Run the method to its last step, from the newest whole checkpoint of the folder if there is one.
-
-    The folder must be held by this run alone; of several processes (``sharding.processes``), which must see the same
-    folder, the first writes what is not a checkpoint. A run that was cut off anywhere and picked up again writes the
-    same bytes into ``metrics.jsonl``, ``evaluations.jsonl`` and ``samples.jsonl`` and ends with the same weights.
+    """Fine-tune in a folder, see ``train_job``.
 
     Args:
       settings: what is asked.
       folder: of the run.
       progress: called with a fraction of the work and a message.
-      say: told what a person should know: damaged checkpoints, how the reward was read, that nothing was learned.
+      say: told what a person should know.
       make_sinks: given the steps done, where else numbers go.
 
     Returns:
@@ -67,31 +72,71 @@ def train(
     with Preemption() as preemption:
         progress(0.0, "opening the base model")
         job = make_job(settings)
-        kept, position = pick_up(folder, outline(blank(job)), FILES, settings.saving.save_every, say=say)
-        try:
-            if position is None:
-                if job.reward.note and is_first():
-                    say(job.reward.note)
-                progress(0.0, "samples of the base model (compiling)")
-                position = Position(0, start(job), {})
-                kept.save(0, position.tree)
-            else:
-                progress(position.step / settings.sizes.steps, f"going on after step {position.step}")
-            sinks = _opened(make_sinks, position.step)
-            try:
-                session = _Session(job, kept, sinks, folder, progress, say)
-                run = run_steps(
-                    kept, position.tree, position.step, settings.sizes.steps, session.step, preemption
-                )
-                return session.finish(run) | {"resumed": position.step}
-            finally:
-                for sink in sinks:
-                    sink.close()
-        finally:
-            kept.close()
+        files = Files(folder, settings.saving.save_every, make_sinks)
+        return train_job(job, files, preemption, progress=progress, say=say)
 
 
-def _opened(make_sinks: MakeSinks, step: int) -> Sequence[Sink]:
+class Files(NamedTuple):
+    """Where a run writes.
+
+    Attributes:
+      folder: of the run; it must be held by this run alone.
+      save_every: steps between two checkpoints.
+      make_sinks: given the steps done, where else numbers go.
+      export: whether the model is written at the end.
+    """
+
+    folder: Path
+    save_every: int
+    make_sinks: MakeSinks = lambda step: ()
+    export: bool = True
+
+
+def train_job(
+    job: Job, files: Files, preemption: Preemption, *, progress: Progress = _silent, say: Say = to_stderr
+) -> dict[str, Any]:
+    """Run the method to its last step, from the newest whole checkpoint of the folder if there is one.
+
+    Of several processes (``sharding.processes``), which must see the same folder, the first writes what is not a
+    checkpoint. A run that was cut off anywhere and picked up again writes the same bytes into ``metrics.jsonl``,
+    ``evaluations.jsonl`` and ``samples.jsonl`` and ends with the same weights.
+
+    Args:
+      job: the run's fixed parts.
+      files: where it writes.
+      preemption: asked after every step whether to stop.
+      progress: called with a fraction of the work and a message.
+      say: told what a person should know: damaged checkpoints, how the reward was read, that nothing was learned.
+
+    Returns:
+      The last measurement, and ``steps``, ``resumed`` (steps done before).
+
+    Raises:
+      Stopped: by SIGTERM or Ctrl-C, after saving.
+      TrainingError, Diverged, SaveError: see the modules.
+    """
+    steps = job.sizes.steps
+    kept, position = pick_up(files.folder, outline(blank(job)), FILES, files.save_every, say=say)
+    try:
+        if position is None:
+            if job.inputs.reward.note and is_first():
+                say(job.inputs.reward.note)
+            progress(0.0, "samples of the base model (compiling)")
+            position = Position(0, open_run(job), {})
+            kept.save(0, position.tree)
+        else:
+            progress(position.step / steps, f"going on after step {position.step}")
+        with _opened(files.make_sinks, position.step) as sinks:
+            session = _Session(job, kept, sinks, files.folder, progress, say)
+            held = run_steps(kept, position.tree, position.step, steps, session.step, preemption)
+            measured = session.finish(held, files.export)
+            return measured | {"resumed": position.step}
+    finally:
+        kept.close()
+
+
+@contextlib.contextmanager
+def _opened(make_sinks: MakeSinks, step: int) -> Iterator[Sequence[Sink]]:
     """The first process has them; if they cannot be had, none goes on."""
     sinks: Sequence[Sink] = ()
     problem = None
@@ -101,7 +146,11 @@ def _opened(make_sinks: MakeSinks, step: int) -> Sequence[Sink]:
         problem = error
     if (message := agreed(None if problem is None else str(problem))) is not None:
         raise TrainingError(message) from problem
-    return sinks
+    try:
+        yield sinks
+    finally:
+        for sink in sinks:
+            sink.close()
 
 
 class _Session:
@@ -112,20 +161,20 @@ class _Session:
     ):
         self._job, self._kept, self._sinks, self._progress, self._say = job, kept, sinks, progress, say
         self._folder, self._measure = folder, evaluation(job)
-        self._steps, self._every = job.settings.sizes.steps, job.settings.sizes.eval_every
+        self._steps, self._every = job.sizes.steps, job.sizes.eval_every
         self._last: dict[str, Any] = {}
-        self._drawn = {"policy": "", "p0": "samples of p0: ", "data": "data: "}[job.chosen.drawn_from]
+        self._drawn = _SAMPLES[job.choice.drawn_by]
         self._weighted: bool | None = None  # whether any sample of any step has had weight
 
     def _due(self, step: int) -> bool:
         return step == 0 or (self._every > 0 and step % self._every == 0)
 
-    def step(self, run: Run, step: int) -> Run:
+    def step(self, held: Held, step: int) -> Held:
         """Measure if it is due, then advance; rows are written when all has gone well."""
         started = time.perf_counter()
-        measured = self._measure(run, step) if self._due(step) else None
+        measured = self._measure(held, step) if self._due(step) else None
         between = time.perf_counter()
-        run, row = advance(self._job, run, step)
+        held, row = take_step(self._job, held, step)
         self._weighted = bool(self._weighted) or row["ess"] > 0.0
         if measured is not None:
             self._write_measured(measured)
@@ -134,7 +183,7 @@ class _Session:
             sink.write(step + 1, _numbers(row))
         self._write_timing(step + 1, time.perf_counter() - between, between - started)
         self._report(step + 1, row)
-        return run
+        return held
 
     def _write_measured(self, measured: Any) -> None:
         self._last = measured.row
@@ -153,21 +202,25 @@ class _Session:
 
     def _report(self, step: int, row: Mapping[str, Any]) -> None:
         """What the batch was like, whoever drew it, and the last measurement of the policy itself."""
-        shown = f"reward {row['reward']:.3g}, log q/p0 {row['log_ratio']:.3g}, ESS {row['ess']:.2g}"
+        reward = (
+            f"reward {row['reward']:.3g}, " if np.isfinite(row["reward"]) else ""
+        )  # comparisons need none
+        shown = f"{reward}log q/p0 {row['log_ratio']:.3g}, ESS {row['ess']:.2g}"
         if last := self._last:
             found = ", ".join(f"{label} {last[name]:.3g}" for name, label in _MEASURED.items())
             shown += f" | policy after step {last['step']}: {found}"
         self._progress(step / self._steps, f"step {step}: {self._drawn}{shown}")
 
-    def finish(self, run: Run) -> dict[str, Any]:
+    def finish(self, held: Held, exported: bool) -> dict[str, Any]:
         """The last measurement, which belongs to no step, and the export."""
         self._progress(1.0, "measuring")
-        measured = self._measure(run, self._steps)
+        measured = self._measure(held, self._steps)
         if is_first() and self._written() < self._steps:
             self._write_measured(measured)
             self._kept.journal.sync()
-        self._progress(1.0, "exporting the model")
-        export(self._job, run, self._folder / "model")
+        if exported:
+            self._progress(1.0, "exporting the model")
+            export(self._job, held, self._folder / "model")
         if self._weighted is False:
             self._say("warning: no sample had any weight (no reward passed) in any step: nothing was learned")
         return {**measured.row, "steps": self._steps}
@@ -179,4 +232,4 @@ class _Session:
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+    return {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float) and np.isfinite(v)}

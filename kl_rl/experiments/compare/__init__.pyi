@@ -1,10 +1,9 @@
-from .catalogue import CATALOGUE as CATALOGUE
-from .catalogue import methods_named as methods_named
+from .ground import Ground as Ground
+from .ground import check_world as check_world
+from .ground import make_ground as make_ground
 from .main import collect as collect
 from .main import finish as finish
 from .matched import matched as matched
-from .problem import check_world as check_world
-from .problem import make_problem as make_problem
-from .runner import Plan as Plan
+from .runner import Sizes as Sizes
 from .runner import train as train
 from .tabular import run_tabular as run_tabular

@@ -18,9 +18,10 @@ import numpy as np
 
 from kl_rl import measure
 from kl_rl.exact.enumeration import Levels
-from kl_rl.experiments.compare.problem import Problem, normalized
+from kl_rl.experiments.compare.ground import Ground
 from kl_rl.measure import queries, sbc
 from kl_rl.measure.budget import undo_reward
+from kl_rl.methods.laws import normalized
 
 __all__ = ["measure_extras"]
 
@@ -116,19 +117,19 @@ def _undone(log_q: jax.Array, log_base: jax.Array, value: jax.Array, index: jax.
     return jax.vmap(lambda q, p, i: undo_reward(q, p, Levels(value, i)))(log_q, log_base, index)
 
 
-def _reward_undone(problem: Problem, log_q: np.ndarray) -> np.ndarray:
+def _reward_undone(ground: Ground, log_q: np.ndarray) -> np.ndarray:
     """The policy with its reward undone, ``q(y) p0(r) / q(r)``; [P, N]."""
     with jax.enable_x64(True):
-        arrays = (log_q, problem.log_base, problem.levels.value, problem.levels.index)
+        arrays = (log_q, ground.log_base, ground.levels.value, ground.levels.index)
         return np.asarray(_undone(*map(jnp.asarray, arrays)))
 
 
-def _latent_fields(problem: Problem, log_q: np.ndarray, kernels: list[np.ndarray], loss: float) -> Row:
+def _latent_fields(ground: Ground, log_q: np.ndarray, kernels: list[np.ndarray], loss: float) -> Row:
     """Mean total variation of the last hidden state given the reward, and the bound that C sets on it."""
-    index = np.asarray(problem.levels.index)
+    index = np.asarray(ground.levels.index)
     found = [
         queries.latent_state_tv(p, q, i, kernel)
-        for p, q, i, kernel in zip(problem.log_base, log_q, index, kernels, strict=bool(kernels))
+        for p, q, i, kernel in zip(ground.log_base, log_q, index, kernels, strict=bool(kernels))
     ]
     return {
         "latent_tv": float(np.mean(found)) if found else NAN,
@@ -136,13 +137,13 @@ def _latent_fields(problem: Problem, log_q: np.ndarray, kernels: list[np.ndarray
     }
 
 
-def _sbc_p_value(problem: Problem, log_pstar: np.ndarray, log_q: np.ndarray, statistic: np.ndarray) -> float:
+def _sbc_p_value(ground: Ground, log_pstar: np.ndarray, log_q: np.ndarray, statistic: np.ndarray) -> float:
     """p-value of uniform ranks given half of the text, simulations spread evenly over the prompts."""
     rng = np.random.default_rng(SEED)
     each = -(-NUM_SIMULATIONS // len(log_q))
-    half = problem.world.horizon // 2
+    half = ground.world.horizon // 2
     ranks = [
-        sbc.prefix_ranks(p, q, problem.strings, s, half, each, NUM_DRAWS, rng)
+        sbc.prefix_ranks(p, q, ground.strings, s, half, each, NUM_DRAWS, rng)
         for p, q, s in zip(log_pstar, log_q, statistic, strict=True)
     ]
     if any(len(found) == 0 for found in ranks):
@@ -150,22 +151,20 @@ def _sbc_p_value(problem: Problem, log_pstar: np.ndarray, log_q: np.ndarray, sta
     return sbc.uniformity(np.concatenate(ranks), NUM_DRAWS).p_value
 
 
-def _matched_posterior(problem: Problem, budget: Row) -> np.ndarray | None:
+def _matched_posterior(ground: Ground, budget: Row) -> np.ndarray | None:
     """p* with the policy's mean reward, else with the row's beta; None if there is no such number; [P, N]."""
     beta = budget["beta_fit"] if np.isfinite(budget["beta_fit"]) else budget["beta"]
     if not abs(beta) > 0:
         return None
-    return normalized(problem.log_base + problem.reward / beta)
+    return normalized(ground.log_base + ground.reward / beta)
 
 
-def _posterior_fields(
-    problem: Problem, log_q: np.ndarray, log_pstar: np.ndarray, grams: queries.NGrams
-) -> Row:
+def _posterior_fields(ground: Ground, log_q: np.ndarray, log_pstar: np.ndarray, grams: queries.NGrams) -> Row:
     """Comparisons with the posterior itself: ranks, attractors, and what the prompt still decides."""
     lifts = [queries.attractor_lift(q, p, grams) for q, p in zip(log_q, log_pstar, strict=True)]
     row = {
-        "sbc_reward_p": _sbc_p_value(problem, log_pstar, log_q, problem.reward),
-        "sbc_logp0_p": _sbc_p_value(problem, log_pstar, log_q, problem.log_base),
+        "sbc_reward_p": _sbc_p_value(ground, log_pstar, log_q, ground.reward),
+        "sbc_logp0_p": _sbc_p_value(ground, log_pstar, log_q, ground.log_base),
         "attractor_lift": float(np.mean(lifts)),
     }
     if len(log_q) > 1:
@@ -174,11 +173,11 @@ def _posterior_fields(
     return row
 
 
-def measure_extras(problem: Problem) -> Callable[[np.ndarray, Row], Row]:
+def measure_extras(ground: Ground) -> Callable[[np.ndarray, Row], Row]:
     """What a comparison reports about a law beyond its budget; what depends on the world alone is done once.
 
     Args:
-      problem: an enumerated world.
+      ground: an enumerated world.
 
     Returns:
       ``(log_q [P, N], budget row) -> row``: scores and calibration errors ``nll_ ece_ ece_mass_ smece_ brier_
@@ -189,26 +188,26 @@ def measure_extras(problem: Problem) -> Callable[[np.ndarray, Row], Row]:
       prompts, the others are means over them. NaN is undefined, e.g. the forecasts of a filter where it
       excludes the prefix.
     """
-    world, strings = problem.world, problem.strings
+    world, strings = ground.world, ground.strings
     tree = queries.string_tree(strings, world.vocab)
     grams = queries.ngrams(strings, min(2, world.horizon))
-    base_text = _text(problem.log_base, tree)
-    asks_state = len(problem.reward[0]) * len(world.process.log_initial) <= LARGEST_KERNEL
+    base_text = _text(ground.log_base, tree)
+    asks_state = len(ground.reward[0]) * len(world.process.log_initial) <= LARGEST_KERNEL
     prompts = world.prompts if asks_state else ()
     kernels = [queries.last_state_kernel(world.process, prompt, strings) for prompt in prompts]
 
     def of_law(log_q: np.ndarray, budget: Row) -> Row:
-        log_q, log_pstar = np.asarray(log_q, np.float64), _matched_posterior(problem, budget)
+        log_q, log_pstar = np.asarray(log_q, np.float64), _matched_posterior(ground, budget)
         if log_pstar is None or np.isnan(log_q).any():
             return dict.fromkeys(_FIELDS, NAN)
         forecasts, text = _pooled_forecasts(log_q, tree)[0], _text(log_pstar, tree)
         row = {f"{name}_p0": value for name, value in _score_fields(forecasts, base_text).items()}
         row |= {f"{name}_pstar": value for name, value in _score_fields(forecasts, text).items()}
         row |= _temperature_fields(forecasts, base_text)
-        row |= _query_fields(problem.log_base, log_q, tree, "p0")
-        row |= _query_fields(problem.log_base, _reward_undone(problem, log_q), tree, "undone")
+        row |= _query_fields(ground.log_base, log_q, tree, "p0")
+        row |= _query_fields(ground.log_base, _reward_undone(ground, log_q), tree, "undone")
         row |= _query_fields(log_pstar, log_q, tree, "pstar")
-        row |= _latent_fields(problem, log_q, kernels, budget["C"])
-        return row | _posterior_fields(problem, log_q, log_pstar, grams)
+        row |= _latent_fields(ground, log_q, kernels, budget["C"])
+        return row | _posterior_fields(ground, log_q, log_pstar, grams)
 
     return of_law

@@ -121,7 +121,7 @@ def collect(folder: Path, rows: list[Row], curves: list[Row], world: Row) -> Row
     stepped = {r["method"] for r in rows if r["knob"] == "steps"}
     families = {r["method"]: r["family"] for r in rows}
     path = [
-        r for r in rows if r["method"] not in stepped and r["knob"] != "greatest" and r["method"] != "control"
+        r for r in rows if r["method"] not in stepped and r["knob"] != "none" and r["method"] != "control"
     ]
     path += [c | {"family": families[c["method"]]} for c in curves if c["method"] in stepped]
     frontier, price = frontier_price(world["law"])

@@ -12,9 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kl_rl.exact.flows import vanilla_gradient_flow
-from kl_rl.experiments.compare.problem import Problem, mean_at_fraction, normalized
+from kl_rl.experiments.compare.ground import Ground, mean_at_fraction
+from kl_rl.experiments.compare.runner import Sizes
+from kl_rl.methods import laws
+from kl_rl.methods.knobs import BETA, DRAWS, LEVEL, Knob, aim
+from kl_rl.methods.laws import normalized
 
-__all__ = ["ReferenceLaw", "best_of_n_law", "control_law", "flow_curves", "reference_laws"]
+__all__ = ["ReferenceLaw", "control_law", "flow_curves", "reference_laws"]
 
 
 class ReferenceLaw(NamedTuple):
@@ -29,35 +33,13 @@ class ReferenceLaw(NamedTuple):
     """
 
     method: str
-    knob: str
+    knob: Knob
     knob_value: float
     log_q: np.ndarray
     known_C: float | None
 
 
-def best_of_n_law(log_base: np.ndarray, reward: np.ndarray, n: float) -> np.ndarray:
-    """``log p0(y) + log[(F^n - F-^n) / (F - F-)]``, ties broken at random (Beirami et al. 2024, arXiv 2401.01879).
-
-    Args:
-      log_base: [N], normalized.
-      reward: [N].
-      n: number of draws, any real >= 1.
-
-    Returns:
-      [N].
-    """
-    values, index = np.unique(reward, return_inverse=True)
-    mass = np.zeros(len(values))
-    np.add.at(mass, index, np.exp(log_base))
-    upper = np.cumsum(mass)
-    upper = np.minimum(upper / upper[-1], 1.0)
-    lower = np.concatenate([[0.0], upper[:-1]])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(mass > 0, (upper**n - lower**n) / np.where(mass > 0, mass, 1.0), 0.0)
-        return normalized(log_base + np.log(ratio)[index])
-
-
-def control_law(problem: Problem, beta: float, strength: float) -> tuple[np.ndarray, float]:
+def control_law(ground: Ground, beta: float, strength: float) -> tuple[np.ndarray, float]:
     """A tilt spoiled inside each level by a known amount: the positive control.
 
     ``q = p*_beta(r) p0(y|r) e^{+-strength} / norm(r)``, + where the first token is in the lower half of the
@@ -68,11 +50,11 @@ def control_law(problem: Problem, beta: float, strength: float) -> tuple[np.ndar
     Returns:
       log q [P, N] and C in nats (mean over prompts).
     """
-    laws, losses = [], []
-    lower_half = np.asarray(problem.strings.tokens)[:, 0] < problem.world.vocab // 2
-    for log_base, reward, index in zip(problem.log_base, problem.reward, problem.levels.index, strict=True):
+    spoiled, losses = [], []
+    lower_half = np.asarray(ground.strings.tokens)[:, 0] < ground.world.vocab // 2
+    for log_base, reward, index in zip(ground.log_base, ground.reward, ground.levels.index, strict=True):
         tilted = np.exp(normalized(log_base + reward / beta))
-        size = len(problem.levels.value)
+        size = len(ground.levels.value)
         level = np.bincount(index, tilted, size)
         half = np.bincount(index, tilted * lower_half, size)
         h = np.where(level > 0, half / np.where(level > 0, level, 1.0), 0.5)
@@ -84,40 +66,42 @@ def control_law(problem: Problem, beta: float, strength: float) -> tuple[np.ndar
             )
         losses.append(float(level @ terms))
         shift = np.where(lower_half, strength, -strength) - np.log(up + down)[index]
-        laws.append(normalized(np.log(tilted) + shift))
-    return np.stack(laws), float(np.mean(losses))
+        spoiled.append(normalized(np.log(tilted) + shift))
+    return np.stack(spoiled), float(np.mean(losses))
 
 
-def _prompts(problem: Problem, law) -> np.ndarray:
-    return np.stack([law(b, r) for b, r in zip(problem.log_base, problem.reward, strict=True)])
+def reference_laws(ground: Ground, sizes: Sizes) -> list[ReferenceLaw]:
+    """Exact rows: the posterior, best-of-n and the filter at the mean rewards aimed at, and the control.
 
+    Args:
+      ground: world and frozen base.
+      sizes: of the comparison; where the knobs aim.
 
-def reference_laws(problem: Problem, fractions: tuple[float, ...]) -> list[ReferenceLaw]:
-    """Exact rows: the posterior, best-of-n, the filter, the quantilizer of the same strength.
-
-    And the positive control.
+    Returns:
+      The laws.
     """
     rows = []
-    value, mass = problem.levels.value, np.exp(problem.log_level)
-    for fraction in fractions:
-        mean, beta = mean_at_fraction(problem, fraction)
-        tilt = _prompts(problem, lambda b, r, beta=beta: normalized(b + r / beta))
-        rows.append(ReferenceLaw("exact-posterior", "beta", beta, tilt, 0.0))
-        spoiled, known = control_law(problem, beta, 0.5)
-        rows.append(ReferenceLaw("control", "beta", beta, spoiled, known))
-    for n in (3.0, 8.0, 32.0):
-        law = _prompts(problem, lambda b, r, n=n: best_of_n_law(b, r, n))
-        rows.append(ReferenceLaw("exact-best-of-n", "n", n, law, 0.0))
-    present = value[mass > 1e-12]
-    for tau in np.unique(present[[len(present) // 3, len(present) // 2, 2 * len(present) // 3]]):
-        with np.errstate(divide="ignore"):
-            law = _prompts(problem, lambda b, r, t=tau: normalized(np.where(r >= t, b, -np.inf)))
-        rows.append(ReferenceLaw("exact-filter", "threshold", float(tau), law, 0.0))
+    means = [mean_at_fraction(ground, fraction) for fraction in sizes.fractions]
+    for mean in means:
+        beta = aim(laws.tilt, ground.log_base, ground.reward, mean, BETA)
+        tilt = laws.tilt(ground.log_base, ground.reward, beta)
+        rows.append(ReferenceLaw("exact-posterior", BETA, beta, tilt, 0.0))
+        spoiled, known = control_law(ground, beta, 0.5)
+        rows.append(ReferenceLaw("control", BETA, beta, spoiled, known))
+    for name, law, knob in (
+        ("exact-best-of-n", laws.best_of_n, DRAWS),
+        ("exact-filter", laws.filtered, LEVEL),
+    ):
+        to = lambda mean, law=law, knob=knob: aim(
+            law, ground.log_base, ground.reward, mean, knob, samples=sizes.num_samples
+        )
+        for value in dict.fromkeys(map(to, means)):
+            rows.append(ReferenceLaw(name, knob, value, law(ground.log_base, ground.reward, value), 0.0))
     return rows
 
 
 def flow_curves(
-    problem: Problem, beta: float, *, num_steps: int = 4000, step_size: float = 4.0
+    ground: Ground, beta: float, *, num_steps: int = 4000, step_size: float = 4.0
 ) -> dict[str, np.ndarray]:
     """Exact gradient flows over the full table for the first prompt, with and without a KL term (T2.6).
 
@@ -125,7 +109,7 @@ def flow_curves(
       ``{"vanilla flow, no KL": log q [M, N], "vanilla flow, KL": ...}``.
     """
     with jax.enable_x64(True):
-        base, reward = jnp.asarray(problem.log_base[0]), jnp.asarray(problem.reward[0])
+        base, reward = jnp.asarray(ground.log_base[0]), jnp.asarray(ground.reward[0])
         run = jax.jit(
             lambda inverse: vanilla_gradient_flow(
                 base, reward, step_size=step_size, num_steps=num_steps, inverse_kl_weight=inverse

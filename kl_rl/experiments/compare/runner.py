@@ -11,21 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from kl_rl import models
+from kl_rl.core.mixtures import Mixture
 from kl_rl.core.posterior import Posterior
-from kl_rl.experiments.compare.catalogue import Context, Method
-from kl_rl.experiments.compare.knobs import knob_values
-from kl_rl.experiments.compare.problem import Problem, exact_law, normalized
-from kl_rl.methods import fit
+from kl_rl.core.twist import Twist
+from kl_rl.experiments.compare.ground import Ground, exact_law, mean_at_fraction
+from kl_rl.methods import fit, laws
+from kl_rl.methods.card import Given, Method
+from kl_rl.methods.knobs import BETA, aim
+from kl_rl.methods.laws import normalized
+from kl_rl.methods.memory import Source, fresh
+from kl_rl.methods.needs import Head
+from kl_rl.methods.optimizers import annealed_adam
 
-__all__ = ["Plan", "Trained", "make_context", "train"]
+__all__ = ["Sizes", "Trained", "knob_values", "train"]
 
 
 # The programs here run for seconds, so compile time matters as much as speed.
 FAST_COMPILE: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
 DENSE = 8  # an early-stopped run is measured this many times more often: its path is its knob
+GROUPS = 8  # of a prompt's samples, where groups are kept between steps: the finer, the better they mix
 
 
-class Plan(NamedTuple):
+class Sizes(NamedTuple):
     """Size of a comparison.
 
     Attributes:
@@ -69,89 +76,111 @@ class Trained(NamedTuple):
     ess: np.ndarray
 
 
-def make_context(problem: Problem, plan: Plan) -> Context:
-    """What the methods of the catalogue may know of an enumerable world."""
-    world, prompt = problem.world, problem.prompt
+def _heads(ground: Ground) -> Callable[[Head], Twist]:
+    """Initial heads: log Z is one number for a single prompt."""
+    world, prompt = ground.world, ground.prompt
     shape: dict[str, Any] = {
-        "extra": 2 + len(problem.edges), "context": prompt.shape[1] + world.horizon + 1, "width": 16, "layers": 1
+        "extra": 2 + len(ground.edges), "context": prompt.shape[1] + world.horizon + 1, "width": 16, "layers": 1
     }  # fmt: skip
-    return Context(
-        prompt=prompt,
-        reward_fn=world.reward,
-        horizon=world.horizon,
-        end=world.end,
-        num_samples=plan.num_samples,
-        edges=jnp.asarray(problem.edges, jnp.float32),
-        first_token=world.vocab + 1,
-        twist=models.transformer_twist(jax.random.key(7), world.vocab, **shape),
-        constant=models.constant_twist(),
-        learning_rate=plan.learning_rate,
-        steps=plan.steps,
-        data_size=8 * plan.num_samples,
+    network = models.transformer_twist(jax.random.key(7), world.vocab, **shape)
+    return lambda head: (models.constant_twist() if head is Head.LOG_Z and prompt.shape[0] == 1 else network)
+
+
+def _source(method: Method, ground: Ground, num_samples: int) -> Source:
+    groups = GROUPS if method.memory.filling and num_samples % GROUPS == 0 else 1
+    prompt = jnp.repeat(ground.prompt, groups, axis=0)
+    options: dict[str, Any] = {"horizon": ground.world.horizon, "end": ground.world.end}
+    return fresh(
+        prompt, ground.world.reward, num_samples=num_samples // groups, memory=method.memory, **options
     )
 
 
-def _program(method: Method, context: Context, num_steps: int):
+def _program(method: Method, ground: Ground, sizes: Sizes, num_steps: int):
     """Two pure functions of (base, knob, ...): begin a run, and advance it one chunk."""
-
-    def setup(base, knob):
-        made = method.build(knob, context)
-        return made, Posterior(base, made.evidence)
+    source = _source(method, ground, sizes.num_samples)
+    given = Given(
+        optimizer=annealed_adam(sizes.learning_rate, sizes.steps),
+        head=_heads(ground),
+        steps=sizes.steps,
+        edges=jnp.asarray(ground.edges, jnp.float32),
+        first_token=ground.world.vocab + 1,
+    )
 
     def begin(base, knob, key):
-        made, posterior = setup(base, knob)
-        return fit.start(made.algorithm, base, posterior, made.source, key)
+        posterior = Posterior(base, method.evidence(knob))
+        return fit.start(method.made(knob, given), base, posterior, source, key)
 
     def chunk(base, knob, run):
-        made, posterior = setup(base, knob)
-        run, info = fit.advance(made.algorithm, run, posterior, made.source, num_steps=num_steps)
-        return run, (made.algorithm.deploy(run.state, posterior), jnp.mean(info.ess))
+        algorithm, posterior = method.made(knob, given), Posterior(base, method.evidence(knob))
+        run, info = fit.advance(algorithm, run, posterior, source, num_steps=num_steps)
+        return run, (algorithm.deploy(run.state, posterior), jnp.mean(info.ess))
 
     return begin, chunk
 
 
+def knob_values(method: Method, ground: Ground, sizes: Sizes) -> list[float]:
+    """Settings of a method's knob that aim at mean rewards some fractions of the way up.
+
+    Args:
+      method: its card.
+      ground: world and frozen base.
+      sizes: of the comparison.
+
+    Returns:
+      Values, without repetitions; one arbitrary value where nothing can be aimed with.
+    """
+    means = [mean_at_fraction(ground, f) for f in sizes.fractions]
+    to = lambda law, mean, knob: aim(
+        law, ground.log_base, ground.reward, mean, knob, samples=sizes.num_samples
+    )
+    if method.knob is None or method.law is None:
+        return [to(laws.tilt, means[len(means) // 2], BETA)]
+    return list(dict.fromkeys(to(method.law, mean, method.knob) for mean in means))
+
+
 def train(
     method: Method,
-    problem: Problem,
-    plan: Plan,
+    ground: Ground,
+    sizes: Sizes,
     seeds: list[int],
     progress: Callable[[float, str], None] = lambda fraction, message: None,
 ) -> Trained:
     """Fine-tune at every knob and seed, and enumerate the deployed policy at every checkpoint.
 
     Args:
-      method: from the catalogue.
-      problem: world and frozen base.
-      plan: sizes.
+      method: its card.
+      ground: world and frozen base.
+      sizes: of the comparison.
       seeds: fine-tuning seeds.
       progress: called with a fraction and a message.
 
     Returns:
       The exact laws along training.
     """
-    context = make_context(problem, plan)
-    values = knob_values(method, problem, plan.fractions, plan.num_samples)
+    values = knob_values(method, ground, sizes)
     knob = np.repeat(values, len(seeds))
     seed = np.tile(seeds, len(values))
     keys = jax.vmap(jax.random.key)(jnp.asarray(seed, jnp.uint32))
-    checkpoints = DENSE * plan.checkpoints if method.knob == "steps" else plan.checkpoints
-    chunk_steps = max(1, plan.steps // checkpoints)
-    checkpoints = plan.steps // chunk_steps
-    begin, chunk = _program(method, context, chunk_steps)
+    stopped = method.knob is not None and method.knob.stops
+    checkpoints = DENSE * sizes.checkpoints if stopped else sizes.checkpoints
+    chunk_steps = max(1, sizes.steps // checkpoints)
+    checkpoints = sizes.steps // chunk_steps
+    begin, chunk = _program(method, ground, sizes, chunk_steps)
     knobs = jnp.asarray(knob, jnp.float32)
     started = time.perf_counter()
-    run = jax.jit(jax.vmap(begin, in_axes=(None, 0, 0)))(problem.base, knobs, keys)
-    lowered = jax.jit(jax.vmap(chunk, in_axes=(None, 0, 0))).lower(problem.base, knobs, run)
+    run = jax.jit(jax.vmap(begin, in_axes=(None, 0, 0)))(ground.base, knobs, keys)
+    lowered = jax.jit(jax.vmap(chunk, in_axes=(None, 0, 0))).lower(ground.base, knobs, run)
     compiled = lowered.compile(FAST_COMPILE)
     laws_of = jax.jit(
-        lambda policies: jax.lax.map(lambda q: exact_law(q, problem.prompt, problem.strings), policies)
+        lambda policies: jax.lax.map(lambda q: exact_law(q, ground.prompt, ground.strings), policies)
     )
     compile_seconds = time.perf_counter() - started
     started, laws, ess = time.perf_counter(), [], np.ones(len(knob))
     for index in range(checkpoints):
-        progress(index / checkpoints, f"{method.name}: step {index * chunk_steps} of {plan.steps}")
-        run, (policies, ess) = compiled(problem.base, knobs, run)
-        if method.family != "conditioning" or index == checkpoints - 1:
+        progress(index / checkpoints, f"{method.name}: step {index * chunk_steps} of {sizes.steps}")
+        run, (policies, ess) = compiled(ground.base, knobs, run)
+        costly = isinstance(policies.params, Mixture)  # as much as all of its components
+        if not costly or index == checkpoints - 1:
             laws.append(normalized(laws_of(policies)))
     steps = chunk_steps * np.arange(1, checkpoints + 1)
     return Trained(

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from kl_rl.experiments.compare.catalogue import Method
-from kl_rl.experiments.compare.knobs import row_beta
+from kl_rl.experiments.compare.ground import Ground, make_ground, mean_at_fraction
 from kl_rl.experiments.compare.matched import grid
-from kl_rl.experiments.compare.problem import Problem, make_problem, mean_at_fraction
 from kl_rl.experiments.compare.reference import flow_curves, reference_laws
-from kl_rl.experiments.compare.rows import exact_budgets, sampled_interval
-from kl_rl.experiments.compare.runner import Plan, Trained, train
+from kl_rl.experiments.compare.rows import against_law, exact_budgets, sampled_interval, target_law
+from kl_rl.experiments.compare.runner import Sizes, Trained, train
 from kl_rl.experiments.parallel import Board, in_parallel
+from kl_rl.methods import laws
+from kl_rl.methods.card import Method
+from kl_rl.methods.knobs import BETA, aim
 from kl_rl.storage.folder import Session, provenance, write_atomically
 from kl_rl.worlds import World
 
@@ -27,30 +28,29 @@ SAMPLED = 2000
 CURVE_FIELDS = ("reward", "kl", "P", "S", "C", "C_fwd", "C_JS", "entropy_gap", "kl_pstar_q")
 
 
-def _interval(problem: Problem, law: np.ndarray, row: dict[str, Any], tag: int) -> dict[str, Any]:
+def _interval(ground: Ground, law: np.ndarray, row: dict[str, Any], tag: int) -> dict[str, Any]:
     """The sampled interval, and whether it holds the exact value: the instrument checks itself on every row."""
-    measured = sampled_interval(problem, law, np.random.default_rng(tag), SAMPLED)
+    measured = sampled_interval(ground, law, np.random.default_rng(tag), SAMPLED)
     low, high = measured["C_lower"], measured["C_upper"]
     inside = None if low is None or high is None else bool(low <= row["C"] <= high)
     return measured | {"C_in_interval": inside, "interval_samples": SAMPLED}
 
 
-def _reference_rows(problem: Problem, plan: Plan, extras: Any) -> list[dict[str, Any]]:
-    laws = reference_laws(problem, plan.fractions)
-    budgets = exact_budgets(
-        problem, np.stack([r.log_q for r in laws]), [row_beta(r.knob, r.knob_value) for r in laws]
-    )
+def _reference_rows(ground: Ground, sizes: Sizes, extras: Any) -> list[dict[str, Any]]:
+    references = reference_laws(ground, sizes)
+    betas = [r.knob_value if r.knob is BETA else None for r in references]
+    budgets = exact_budgets(ground, np.stack([r.log_q for r in references]), betas)
     rows = []
-    for number, (law, measured) in enumerate(zip(laws, budgets, strict=True)):
+    for number, (law, measured) in enumerate(zip(references, budgets, strict=True)):
         row = {
             "method": law.method,
             "family": "reference",
-            "knob": law.knob,
+            "knob": law.knob.option,
             "knob_value": law.knob_value,
             "seed": 0,
         }
         row |= measured | {"known_C": law.known_C} | extras(law.log_q, measured)
-        rows.append(row | _interval(problem, law.log_q, measured, number))
+        rows.append(row | _interval(ground, law.log_q, measured, number))
     return rows
 
 
@@ -69,86 +69,93 @@ def _stops(budgets: list[dict[str, float]], means: list[float]) -> list[int]:
 
 
 def _method_rows(
-    method: Method, trained: Trained, problem: Problem, plan: Plan, extras: Any
+    method: Method, trained: Trained, ground: Ground, sizes: Sizes, extras: Any
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    means = [mean_at_fraction(problem, f)[0] for f in plan.fractions]
+    means = [mean_at_fraction(ground, f) for f in sizes.fractions]
+    stopped = method.knob is not None and method.knob.stops
+    option = "none" if method.knob is None else "steps" if stopped else method.knob.option
+    targets = {knob: target_law(method, ground, float(knob)) for knob in np.unique(trained.knob)}
     rows, curves = [], []
     for lane, (knob, seed) in enumerate(zip(trained.knob, trained.seed, strict=True)):
-        beta = row_beta(method.knob, float(knob))
-        laws = trained.log_q[:, lane]
-        budgets = exact_budgets(problem, laws, [beta] * len(laws))
+        beta = float(knob) if method.knob is BETA else None
+        learned = trained.log_q[:, lane]
+        budgets = exact_budgets(ground, learned, [beta] * len(learned))
         curves += _curve_rows(method.name, float(knob), int(seed), trained.steps, budgets)
-        stops = _stops(budgets, means) if method.knob == "steps" else [len(laws) - 1]
+        stops = _stops(budgets, means) if stopped else [len(learned) - 1]
         for stop in stops:
-            value = float(trained.steps[stop]) if method.knob == "steps" else float(knob)
+            value = float(trained.steps[stop]) if stopped else float(knob)
             row = {
                 "method": method.name,
                 "family": method.family,
-                "knob": method.knob,
+                "knob": option,
                 "knob_value": value,
                 "seed": int(seed),
                 "steps": int(trained.steps[stop]),
             }
-            row |= budgets[stop] | extras(laws[stop], budgets[stop])
-            row |= _interval(problem, laws[stop], budgets[stop], 1000 * lane + stop)
+            row |= budgets[stop] | extras(learned[stop], budgets[stop])
+            row |= against_law(ground, targets[knob], learned[stop])
+            row |= _interval(ground, learned[stop], budgets[stop], 1000 * lane + stop)
             row |= {"ess": float(trained.ess[lane]), "lanes": len(trained.knob)}
             rows.append(row | {"wall_s": trained.wall, "compile_s": trained.compile})
     return rows, curves
 
 
-def _flow_rows(problem: Problem, beta: float) -> list[dict[str, Any]]:
+def _flow_rows(ground: Ground, beta: float) -> list[dict[str, Any]]:
     rows = []
-    for name, path in flow_curves(problem, beta).items():
-        prompts = len(problem.log_base)
-        laws = np.repeat(path[:, None], prompts, axis=1)
+    for name, path in flow_curves(ground, beta).items():
+        prompts = len(ground.log_base)
+        along = np.repeat(path[:, None], prompts, axis=1)
         rows += _curve_rows(
-            name, beta, 0, np.arange(len(path)), exact_budgets(problem, laws, [beta] * len(laws))
+            name, beta, 0, np.arange(len(path)), exact_budgets(ground, along, [beta] * len(along))
         )
     return rows
+
+
+def _middle_beta(ground: Ground, sizes: Sizes) -> float:
+    mean = mean_at_fraction(ground, sizes.fractions[len(sizes.fractions) // 2])
+    return aim(laws.tilt, ground.log_base, ground.reward, mean, BETA)
 
 
 def run_tabular(
     world: World,
     methods: tuple[Method, ...],
-    plan: Plan,
+    sizes: Sizes,
     session: Session,
     progress: Progress,
-    extras: Callable[[Problem], Callable[[np.ndarray, dict[str, float]], dict[str, Any]]],
+    extras: Callable[[Ground], Callable[[np.ndarray, dict[str, float]], dict[str, Any]]],
 ) -> None:
     """Run the comparison; rows go to the session, finished methods found there are skipped.
 
     Args:
       world: enumerable.
-      methods: rows of the catalogue.
-      plan: sizes.
+      methods: their cards.
+      sizes: sizes.
       session: the output folder.
       progress: called with the fraction done and a message.
-      extras: ``problem -> (law, budget) -> dict``, further measurements of every row (queries, scores).
+      extras: ``ground -> (law, budget) -> dict``, further measurements of every row (queries, scores).
     """
     total = len(methods) + 2
     progress(0.0, f"base model by maximum likelihood on {world.name}")
-    problem = make_problem(world, base_steps=plan.base_steps)
+    ground = make_ground(world, base_steps=sizes.base_steps)
     write_atomically(
-        session.folder / "world.json", json.dumps(describe(world, plan, problem), indent=1) + "\n"
+        session.folder / "world.json", json.dumps(describe(world, sizes, ground), indent=1) + "\n"
     )
     done = {row["method"] for row in session.rows("results.jsonl")}
-    measure, about = extras(problem), provenance()
+    measure, about = extras(ground), provenance()
     if "exact-posterior" not in done:
         progress(1 / total, "exact reference laws")
-        rows = _reference_rows(problem, plan, measure)
-        if len(problem.log_base) == 1:
-            session.append(
-                "curves.jsonl", _flow_rows(problem, mean_at_fraction(problem, plan.fractions[1])[1])
-            )
+        rows = _reference_rows(ground, sizes, measure)
+        if len(ground.log_base) == 1:
+            session.append("curves.jsonl", _flow_rows(ground, _middle_beta(ground, sizes)))
         session.append("results.jsonl", [row | about for row in rows])
     waiting = [method for method in methods if method.name not in done]
     board = Board(progress, offset=2 + len(methods) - len(waiting), total=total)
 
     def work(method: Method) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         trained = train(
-            method, problem, plan, list(range(plan.seeds)), functools.partial(board.tell, method.name)
+            method, ground, sizes, list(range(sizes.seeds)), functools.partial(board.tell, method.name)
         )
-        return _method_rows(method, trained, problem, plan, measure)
+        return _method_rows(method, trained, ground, sizes, measure)
 
     for method, (rows, curves) in in_parallel(work, waiting, board.stop):
         session.append("curves.jsonl", curves)
@@ -156,24 +163,24 @@ def run_tabular(
         board.tell(method.name, 1.0, f"{method.name}: {len(rows)} rows done")
 
 
-def describe(world: World, plan: Plan, problem: Problem) -> dict[str, Any]:
+def describe(world: World, sizes: Sizes, ground: Ground) -> dict[str, Any]:
     """What the report says about the question.
 
     Kept as ``world.json``, so that an interrupted run can be reported too.
     """
     law = [
         [float(v), float(m)]
-        for v, m in zip(problem.levels.value, np.exp(problem.log_level), strict=True)
+        for v, m in zip(ground.levels.value, np.exp(ground.log_level), strict=True)
         if m > 0
     ]
-    loss, entropy = problem.base_loss
+    loss, entropy = ground.base_loss
     return {
         "name": world.name,
         "law": law,
-        "targets": grid(law, (plan.fractions[0] + 0.05, plan.fractions[1])),
+        "targets": grid(law, (sizes.fractions[0] + 0.05, sizes.fractions[1])),
         "subtitle": f"{world.vocab}^{world.horizon} = {world.num_strings} strings, {len(law)} reward "
-        f"levels, {plan.seeds} seeds, "
-        f"{plan.steps} steps of {plan.num_samples} samples; every number below is exact for the "
+        f"levels, {sizes.seeds} seeds, "
+        f"{sizes.steps} steps of {sizes.num_samples} samples; every number below is exact for the "
         "policies trained, by enumeration.",
         "question": "A small transformer was trained by maximum likelihood on a hidden Markov "
         f"process (held-out loss {loss:.4f} nats per token, "

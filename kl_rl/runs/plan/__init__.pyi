@@ -1,6 +1,5 @@
 from .flops import Flops as Flops
 from .flops import step_flops as step_flops
-from .methods import METHODS as METHODS
 from .model import PRESETS as PRESETS
 from .model import read_model as read_model
 from .plan import Plan as Plan

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kl_rl.models.config import DecoderConfig
-from kl_rl.runs.plan.methods import METHODS
 from kl_rl.runs.plan.setting import Setting
 
 __all__ = ["Flops", "forward_flops", "step_flops"]
@@ -55,7 +54,7 @@ def forward_flops(config: DecoderConfig, setting: Setting, *, head: bool = True)
     Returns:
       Operations.
     """
-    length, horizon, samples = setting.prompt_length, setting.horizon, setting.samples
+    length, horizon, samples = setting.prompt_length, setting.horizon, setting.num_samples
     tokens = length + samples * (horizon - 1)
     pairs = sum(_pairs(length, horizon, samples, window) for window in config.windows)
     one = (
@@ -64,7 +63,7 @@ def forward_flops(config: DecoderConfig, setting: Setting, *, head: bool = True)
     )
     if head:
         one += 2 * config.vocab * config.width * samples * horizon
-    return setting.prompts * one
+    return setting.batch * one
 
 
 def step_flops(config: DecoderConfig, setting: Setting) -> Flops:
@@ -82,6 +81,6 @@ def step_flops(config: DecoderConfig, setting: Setting) -> Flops:
     full = forward_flops(config, setting)
     trunk = forward_flops(config, setting, head=False)
     twist = 0
-    if METHODS[setting.method].twist:
-        twist = (3 if setting.twist_trunk else 1) * trunk
+    if setting.choice().method.needs.heads:
+        twist = (3 if setting.learning({}).trains_trunk else 1) * trunk
     return Flops(full, (2 if setting.lora else 3) * full, full, twist)

@@ -6,17 +6,18 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from kl_rl.models.config import DecoderConfig
 from kl_rl.models.weights import count_parameters
+from kl_rl.runs.job import mesh_of
 from kl_rl.runs.plan.compiled import Compiled, compile_program
 from kl_rl.runs.plan.flops import Flops, step_flops
-from kl_rl.runs.plan.programs import Problem, build, lower_sampling, lower_update
-from kl_rl.runs.plan.setting import Setting, check_setting
+from kl_rl.runs.plan.programs import Lowered, lower
+from kl_rl.runs.plan.setting import Setting
 from kl_rl.runs.plan.topology import Topology
-from kl_rl.sharding import check_mesh, make_mesh
 from kl_rl.sharding.rules import axis_size
 
 __all__ = ["Plan", "device_bytes", "make_plan"]
@@ -65,24 +66,26 @@ def device_bytes(tree: Any) -> int:
     return total
 
 
-def _resident(problem: Problem) -> dict[str, int]:
-    state = problem.state
+def _resident(lowered: Lowered) -> dict[str, int]:
+    state = lowered.held.state
     return {
         "parameters": device_bytes(state.policy),
         "optimizer": device_bytes(state.optimizer),
-        "twist": device_bytes(state.twist),
-        "base": device_bytes(problem.base),
-        "batch": device_bytes(problem.batch),
+        "twist": device_bytes((state.heads, state.targets)),
+        "base": device_bytes(lowered.base),
+        "memory": device_bytes((lowered.held.memory, state.extra)),
+        "batch": device_bytes(lowered.batch),
     }
 
 
 def _cache_bytes(config: DecoderConfig, setting: Setting, mesh: Mesh) -> int:
-    """Keys and values of prompts and samples, in bfloat16, split over batch and key heads."""
-    tokens = setting.prompt_length + setting.samples * setting.horizon
+    """Keys and values of prompts and samples, in the compute dtype, split over batch and key heads."""
+    tokens = setting.prompt_length + setting.num_samples * setting.horizon
     numbers = (
-        2 * config.layers * config.attention.kv_heads * config.attention.head_dim * setting.prompts * tokens
+        2 * config.layers * config.attention.kv_heads * config.attention.head_dim * setting.batch * tokens
     )
-    return 2 * numbers // (axis_size(mesh, "batch") * axis_size(mesh, "kv_heads"))
+    size = np.dtype(jnp.dtype(setting.compute_dtype)).itemsize
+    return size * numbers // (axis_size(mesh, "batch") * axis_size(mesh, "kv_heads"))
 
 
 def make_plan(
@@ -102,30 +105,27 @@ def make_plan(
     Raises:
       ValueError: for sizes that do not go together.
     """
-    check_setting(setting, config)
-    sizes = sizes or {"fsdp": len(topology.devices)}
-    mesh = make_mesh(**sizes, devices=topology.devices)
-    check_mesh(config, mesh)
-    devices = axis_size(mesh, "batch")
-    if setting.prompts % (devices * setting.parts):
-        raise ValueError(
-            f"--batch {setting.prompts}: prompts are split over data x fsdp = {devices}"
-            f"{f' and {setting.parts} parts' if setting.parts > 1 else ''}: "
-            f"use a multiple of {devices * setting.parts}"
-        )
-    problem = build(config, setting, mesh)
-    resident = _resident(problem)
-    sampling = compile_program(lower_sampling(problem, setting, mesh))
-    update = compile_program(lower_update(problem, mesh))
-    beside = max(0, sum(resident.values()) - sampling.arguments)
+    setting.check(config)
+    axes = sizes or {"fsdp": len(topology.devices)}
+    parts = setting.gradient_accumulation
+    mesh = mesh_of(axes, setting.batch, parts, config, devices=topology.devices)
+    assert mesh is not None
+    lowered = lower(config, setting, mesh)
+    resident = _resident(lowered)
+    sampling = None if lowered.sampling is None else compile_program(lowered.sampling)
+    update = compile_program(lowered.update)
+    needed = update.whole
+    if sampling is not None:
+        beside = max(0, sum(resident.values()) - sampling.arguments)
+        needed = max(needed, sampling.whole + beside)
     return Plan(
         count_parameters(config),
         dict(mesh.shape),
         resident,
         _cache_bytes(config, setting, mesh),
-        sampling,
+        sampling or Compiled(),
         update,
-        max(sampling.whole + beside, update.whole),
+        needed,
         topology.memory,
         step_flops(config, setting),
     )

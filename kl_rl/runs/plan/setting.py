@@ -1,68 +1,85 @@
-"""The sizes of a training step."""
+"""The sizes of a training step, in the terms of a run."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from kl_rl.models.config import DecoderConfig
-from kl_rl.runs.plan.methods import METHODS
+from kl_rl.runs.choice import Choice, choose
+from kl_rl.runs.settings import Learning, Sizes, Task
 
-__all__ = ["Setting", "check_setting"]
+__all__ = ["Setting"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What one step of training is given.
+    """What one step of training is given: options of `kl-rl train`, with defaults for large models.
 
     Attributes:
-      method: a name in ``METHODS``; "rlhf" is PPO with a twist head.
-      prompts: P, prompts per step on all devices together.
-      prompt_length: L.
+      method: as for `kl-rl train`.
+      batch: P, prompts of a step on all devices together.
+      prompt_length: L, tokens.
       horizon: T, new tokens.
-      samples: K per prompt.
-      lora: rank of adapters, or 0: all parameters are trained.
-      twist_trunk: the twist has a trunk of its own, trained; otherwise it reads the frozen base.
-      parts: of the batch, over which gradients add up.
+      num_samples: K, completions of each prompt.
+      lora: rank of the adapter; 0: all weights are trained.
+      twist: values on a "trunk" of their own or as a "head" on the base; None: as `kl-rl train` does.
+      gradient_accumulation: parts of the batch in which gradients are gathered; divides P.
+      compute_dtype: of matrix products; weights are float32.
+      scan_layers: one compiled layer in a loop.
+      remat: recompute activations in the backward pass.
     """
 
-    method: str = "rlhf"
-    prompts: int = 64
+    method: str = "rloo"
+    batch: int = 64
     prompt_length: int = 512
     horizon: int = 512
-    samples: int = 4
+    num_samples: int = 4
     lora: int = 0
-    twist_trunk: bool = False
-    parts: int = 1
+    twist: str | None = None
+    gradient_accumulation: int = 1
+    compute_dtype: str = "bfloat16"
+    scan_layers: bool = True
+    remat: bool = True
 
+    @property
+    def sizes(self) -> Sizes:
+        """How much is sampled."""
+        return Sizes(
+            batch=self.batch,
+            gradient_accumulation=self.gradient_accumulation,
+            num_samples=self.num_samples,
+            horizon=self.horizon,
+        )
 
-def check_setting(setting: Setting, config: DecoderConfig) -> None:
-    """Refuse sizes that cannot be.
+    def learning(self, mesh: Mapping[str, int]) -> Learning:
+        """How the policy is trained, on a mesh."""
+        return Learning(
+            lora=self.lora,
+            twist=self.twist,
+            mesh=tuple(mesh.items()),
+            compute_dtype=self.compute_dtype,
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+        )
 
-    Raises:
-      ValueError: naming the option.
-    """
-    if setting.method not in METHODS:
-        raise ValueError(f"--method {setting.method}: unknown; known: {', '.join(METHODS)}")
-    options = {"batch": "prompts", "prompt": "prompt_length", "horizon": "horizon", "samples": "samples"}
-    for option, name in options.items():
-        if getattr(setting, name) < 1:
-            raise ValueError(f"--{option} must be at least 1; got {getattr(setting, name)}")
-    if setting.parts < 1 or setting.prompts % setting.parts:
-        raise ValueError(
-            f"--gradient-accumulation must divide --batch {setting.prompts}; got {setting.parts}"
-        )
-    if setting.lora < 0:
-        raise ValueError(f"--lora must be a rank of at least 1; got {setting.lora}")
-    length = setting.prompt_length + setting.horizon
-    if length > config.context:
-        raise ValueError(
-            f"--prompt {setting.prompt_length} and --horizon {setting.horizon} make {length} tokens; "
-            f"the model's context is {config.context}"
-        )
-    least = METHODS[setting.method].min_samples
-    if setting.samples < least:
-        raise ValueError(
-            f"--samples {setting.samples}: {setting.method} compares samples of one prompt and needs {least}"
-        )
-    if setting.twist_trunk and not METHODS[setting.method].twist:
-        raise ValueError(f"--twist trunk: {setting.method} has no twist head")
+    def choice(self) -> Choice:
+        """The method; its knob stands anywhere, since no program depends on it."""
+        anywhere = Task(self.method, base="", prompts="", reward="", threshold=0.0)
+        return choose(anywhere, self.sizes, Learning(twist=self.twist))
+
+    def check(self, config: DecoderConfig) -> None:
+        """Refuse sizes that cannot be.
+
+        Raises:
+          ValueError: naming the option as the command has it.
+        """
+        self.sizes, self.learning({}), self.choice()  # each refuses what is its own
+        if self.prompt_length < 1:
+            raise ValueError(f"--prompt-length must be at least 1; got {self.prompt_length}")
+        length = self.prompt_length + self.horizon
+        if length > config.context:
+            raise ValueError(
+                f"--prompt-length {self.prompt_length} and --horizon {self.horizon} make {length} tokens; "
+                f"the model's context is {config.context}"
+            )

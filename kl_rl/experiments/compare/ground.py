@@ -12,25 +12,25 @@ import optax
 from kl_rl import exact, models
 from kl_rl.core.policy import Policy, sequence_log_prob
 from kl_rl.core.rollouts import sample
-from kl_rl.measure.budget import fit_tilt
+from kl_rl.methods.conditioning import return_edges
+from kl_rl.methods.laws import normalized
 from kl_rl.methods.likelihood import fit_likelihood
 from kl_rl.worlds import World
 
 __all__ = [
     "COMPARE_LIMIT",
-    "Problem",
+    "Ground",
     "check_world",
     "exact_law",
-    "make_problem",
+    "make_ground",
     "mean_at_fraction",
-    "normalized",
 ]
 
 MAX_RETURN_TOKENS = 16
 COMPARE_LIMIT = 2**18
 
 
-class Problem(NamedTuple):
+class Ground(NamedTuple):
     """A world, its frozen base, and the exact law of the base over all strings.
 
     Attributes:
@@ -68,24 +68,6 @@ class Problem(NamedTuple):
             return np.log(mass)
 
 
-def normalized(log_q: np.ndarray) -> np.ndarray:
-    """Double-precision renormalization of float32 log-probabilities; [..., N]."""
-    log_q = np.asarray(log_q, np.float64)
-    top = log_q.max(-1, keepdims=True)
-    return log_q - top - np.log(np.exp(log_q - top).sum(-1, keepdims=True))
-
-
-def _return_edges(values: np.ndarray, mass: np.ndarray) -> np.ndarray:
-    """One return token per level if there are few, otherwise tokens of about equal mass; [R - 1]."""
-    middles = 0.5 * (values[1:] + values[:-1])
-    if len(values) <= MAX_RETURN_TOKENS:
-        return middles
-    quantile = np.cumsum(mass)[:-1] / mass.sum()
-    upper = 1.0 - np.geomspace(0.5, 0.002, MAX_RETURN_TOKENS // 2)
-    targets = np.concatenate([np.linspace(0, 0.5, MAX_RETURN_TOKENS // 2 + 1)[1:-1], upper])
-    return np.unique(middles[np.minimum(np.searchsorted(quantile, targets), len(middles) - 1)])
-
-
 def _train_base(
     world: World, key: jax.Array, steps: int, num_tokens: int
 ) -> tuple[Policy, tuple[float, float]]:
@@ -115,7 +97,7 @@ def _train_base(
     return models.tie_extra_tokens(trained, world.vocab), (float(held_out), float(entropy))
 
 
-def make_problem(world: World, *, seed: int = 0, base_steps: int = 800) -> Problem:
+def make_ground(world: World, *, seed: int = 0, base_steps: int = 800) -> Ground:
     """Train a small transformer on samples of the process, freeze it, and enumerate it.
 
     Args:
@@ -133,8 +115,8 @@ def make_problem(world: World, *, seed: int = 0, base_steps: int = 800) -> Probl
     levels = exact.Levels(np.asarray(flat.value, np.float64), np.asarray(flat.index).reshape(reward.shape))
     base, loss = _train_base(world, jax.random.key(seed), base_steps, MAX_RETURN_TOKENS + 1)
     log_base = normalized(exact_law(base, prompt, strings))
-    problem = Problem(world, base, strings, log_base, reward, levels, np.zeros(0), loss)
-    return problem._replace(edges=_return_edges(levels.value, np.exp(problem.log_level)))
+    edges = return_edges(reward.ravel(), np.exp(log_base).ravel(), tokens=MAX_RETURN_TOKENS)
+    return Ground(world, base, strings, log_base, reward, levels, edges, loss)
 
 
 @jax.jit
@@ -143,18 +125,11 @@ def exact_law(policy: Policy, prompt: jax.Array, strings: exact.Enumeration) -> 
     return jax.lax.map(lambda p: exact.log_prob(policy, p, strings, batch_size=4096), prompt)
 
 
-def mean_at_fraction(problem: Problem, fraction: float) -> tuple[float, float]:
-    """Mean reward a fraction of the way from E_{p0} r to the largest reward, and the beta whose posterior has it.
-
-    Returns:
-      (mean reward, beta).
-    """
-    log_level, value = problem.log_level, problem.levels.value
+def mean_at_fraction(ground: Ground, fraction: float) -> float:
+    """Mean reward a fraction of the way from E_{p0} r to the largest reward."""
+    log_level, value = ground.log_level, ground.levels.value
     start = float(np.exp(log_level) @ value)
-    mean = start + fraction * (float(value[np.isfinite(log_level)].max()) - start)
-    with jax.enable_x64(True):
-        lam = float(fit_tilt(jnp.asarray(log_level), jnp.asarray(value), jnp.asarray(mean)))
-    return mean, 1.0 / lam
+    return start + fraction * (float(value[np.isfinite(log_level)].max()) - start)
 
 
 def check_world(world: World) -> None:

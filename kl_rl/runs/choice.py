@@ -1,0 +1,105 @@
+"""Which method a run trains, where its knob stands, and whether the run can give it what it needs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kl_rl.methods.card import Method, parsed_options
+from kl_rl.methods.catalogue import METHODS, method_named
+from kl_rl.methods.memory import given
+from kl_rl.methods.needs import Feed, base_policy, own_policy
+from kl_rl.runs.settings import Learning, Sizes, Task
+from kl_rl.storage.errors import TrainingError
+
+__all__ = ["Choice", "choose"]
+
+
+class Choice(NamedTuple):
+    """A method ready to be built.
+
+    Attributes:
+      method: its card, with the options and the memory of this run.
+      value: of its knob.
+    """
+
+    method: Method
+    value: float
+
+    @property
+    def drawn_by(self) -> str:
+        """Whose completions the batches hold, at least in part: "policy", "p0", "frozen policy", or "data"."""
+        if self.method.memory == given():
+            return "data"
+        behaviour = self.method.needs.behaviour if self.method.memory.samples else base_policy
+        if behaviour is own_policy:
+            return "policy"
+        return "p0" if behaviour is base_policy else "frozen policy"
+
+
+def _those(permission: str) -> str:
+    return ", ".join(method.name for method in METHODS if getattr(method.needs, permission))
+
+
+def _value(method: Method, task: Task) -> float:
+    """Where the knob stands."""
+    knob = method.knob
+    if knob is None:
+        return 0.0
+    value = getattr(task, knob.option, None)
+    value = knob.default if value is None else value
+    if value is None:
+        raise TrainingError(f"{task.method} needs --{knob.option}, the {knob.unit}")
+    if not knob.admits(value):
+        raise TrainingError(f"--{knob.option} must be {knob.range}; got {value:g}")
+    return float(value)
+
+
+def _check(choice: Choice, task: Task, sizes: Sizes, learning: Learning) -> None:
+    method, needs, samples = choice.method, choice.method.needs, sizes.num_samples
+    if task.data is not None and not needs.foreign:
+        raise TrainingError(
+            f"{task.method} learns from samples of its own policy and cannot use --data; these can: {_those('foreign')}"
+        )
+    if samples < max(2, needs.samples):
+        raise TrainingError(f"--num-samples must be at least {max(2, needs.samples)}; got {samples}")
+    if method.knob is not None and method.knob.option == "n" and task.data is None and choice.value > samples:
+        raise TrainingError(f"--n must be at most --num-samples = {samples}; got {choice.value:g}")
+    if needs.feed is Feed.PAIRS and samples % 2:
+        raise TrainingError(f"{task.method} compares pairs: --num-samples must be even; got {samples}")
+    if learning.twist is not None and not needs.heads:
+        raise TrainingError(f"--twist {learning.twist}: {task.method} has no values, which it would be for")
+    if learning.temperature != 1.0 and not needs.tempered:
+        raise TrainingError(
+            f"{task.method} takes its samples as they are drawn: another --temperature than 1 would move what it "
+            f"learns; these correct for it: {_those('tempered')}"
+        )
+    if sizes.gradient_accumulation > 1 and not needs.parts:
+        raise TrainingError(
+            f"{task.method} normalizes its weights over the whole batch: it cannot have --gradient-accumulation"
+        )
+
+
+def choose(task: Task, sizes: Sizes, learning: Learning) -> Choice:
+    """Find the method and its knob, and hold them against what is asked.
+
+    Args:
+      task: method, knob, options, data.
+      sizes: K and the parts of a batch.
+      learning: temperature of the sampler, heads.
+
+    Returns:
+      The choice.
+
+    Raises:
+      TrainingError: an unknown method or option, a knob out of range, or a need that the run cannot meet.
+    """
+    try:
+        method = method_named(task.method)
+        options = parsed_options(method, task.options)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+    memory = method.memory if task.data is None else given()
+    method = method._replace(options={**method.options, **options}, memory=memory)
+    choice = Choice(method, _value(method, task))
+    _check(choice, task, sizes, learning)
+    return choice
