@@ -7,6 +7,7 @@ from . import measure as measure
 from . import methods as methods
 from . import models as models
 from . import objectives as objectives
+from . import particles as particles
 from . import raters as raters
 from . import report as report
 from . import rewards as rewards

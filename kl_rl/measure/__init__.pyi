@@ -1,3 +1,5 @@
+from .attractors import Attractor as Attractor
+from .attractors import attractor as attractor
 from .budget import Budget as Budget
 from .budget import conditional_js as conditional_js
 from .budget import conditional_kl as conditional_kl
@@ -32,6 +34,7 @@ from .queries import next_token_kl as next_token_kl
 from .queries import ngrams as ngrams
 from .queries import prompt_information as prompt_information
 from .queries import string_tree as string_tree
+from .rows import budget_row as budget_row
 from .samples import BadSamples as BadSamples
 from .samples import Samples as Samples
 from .samples import read_samples as read_samples

@@ -187,6 +187,11 @@ def html_report(data: dict[str, Any], figures: dict[str, tuple[bytes, str]]) -> 
         + "".join(f"<li>{html.escape(c)}</li>" for c in data["checks"])
         + "</ul>"
     )
+    if data.get("warnings"):
+        said = "".join(f"<li>{html.escape(w)}</li>" for w in data["warnings"])
+        sections.append(
+            f"<details><summary>{len(data['warnings'])} warnings of the estimators</summary><ul>{said}</ul></details>"
+        )
     sections.append("<h2>How to read this</h2>" + LEGEND)
     sections.append(f"<footer>{html.escape(data['footer'])}</footer>")
     return (

@@ -1,11 +1,10 @@
 from .host import HostReward as HostReward
+from .host import lexicon_reward as lexicon_reward
 from .host import load_reward as load_reward
 from .host import rewards_of as rewards_of
 from .lexicon import default_reward as default_reward
 from .lexicon import load_lexicon as load_lexicon
 from .lexicon_text import BadReward as BadReward
-from .lexicon_text import LexiconScorer as LexiconScorer
-from .lexicon_text import PatternScorer as PatternScorer
 from .lexicon_text import TextReward as TextReward
 from .models import likelihood_reward as likelihood_reward
 from .models import model_reward as model_reward

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 import numbers
-import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from kl_rl.core.named import object_named
+from kl_rl.rewards.lexicon_text import TextReward
 from kl_rl.rewards.values import Values, one_by_one
 from kl_rl.sharding.processes import agreed, share, summed
 from kl_rl.storage.errors import BadRewardValue, TrainingError
 
-__all__ = ["HostReward", "load_reward", "rewards_of"]
+__all__ = ["HostReward", "lexicon_reward", "load_reward", "rewards_of"]
 
 
 _KINDS = "a reward is module:function, a word list (.json, .tsv, .txt), a model folder or a hub name"
@@ -66,9 +64,7 @@ def load_reward(spec: str) -> HostReward:
     if path.suffix in (".json", ".tsv", ".txt") or (path.is_file() and path.suffix != ".py"):
         from kl_rl.rewards.lexicon import load_lexicon
 
-        lexicon = load_lexicon(path)
-        values = one_by_one(lambda prompt, completion: lexicon.score(completion, prompt))
-        return HostReward(spec, values, lexicon.summary)
+        return lexicon_reward(spec, load_lexicon(path))
     if path.suffix == ".py":
         raise TrainingError(f"reward {spec}: name the function too: {spec}:function")
     if ":" not in spec:
@@ -86,31 +82,20 @@ def _of_hub(name: str) -> Values:
         raise TrainingError(f"{error}; {_KINDS}") from error
 
 
+def lexicon_reward(name: str, lexicon: TextReward) -> HostReward:
+    """A word list or patterns as a reward."""
+    values = one_by_one(lambda prompt, completion: lexicon.score(completion, prompt))
+    return HostReward(name, values, lexicon.summary)
+
+
 def _function(spec: str) -> Callable[[str, str], Any]:
-    place, _, name = spec.rpartition(":")
     try:
-        module = _module(place)
-    except Exception as error:  # whatever the user's file does when it is imported
-        raise TrainingError(
-            f"reward {spec}: cannot import {place}: {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, name, None)
+        function = object_named(spec)
+    except ValueError as error:
+        raise TrainingError(f"reward {error}") from error
     if not callable(function):
-        raise TrainingError(f"reward {spec}: {place} has no function {name!r}")
+        raise TrainingError(f"reward {spec}: is a {type(function).__name__}, not a function")
     return function
-
-
-def _module(place: str) -> Any:
-    """A module by name, the working folder included, or by its file."""
-    if place.endswith(".py"):
-        found = importlib.util.spec_from_file_location(Path(place).stem, place)
-        assert found is not None and found.loader is not None
-        module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
-        return module
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    return importlib.import_module(place)
 
 
 def _checked(reward: HostReward, value: Any, prompt: str, completion: str) -> float:

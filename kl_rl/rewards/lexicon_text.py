@@ -1,4 +1,4 @@
-"""Rewards on text: weighted words, compiled to an automaton that runs inside ``jit``, or regular expressions.
+"""Rewards on text: weighted words, or regular expressions.
 
 A *word* is a maximal run of letters and apostrophes, without the apostrophes at its ends and, unless `case`
 is set, in lower case. A word counts when the character that ends it is part of the completion: a word still
@@ -11,19 +11,10 @@ import dataclasses
 import functools
 import itertools
 import re
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from kl_rl.exact.automaton import Automaton, automaton_reward
 
 __all__ = [
     "FINEST",
     "BadReward",
-    "LexiconScorer",
-    "PatternScorer",
     "TextReward",
     "in_word",
     "normalized",
@@ -92,23 +83,6 @@ class TextReward:
         total = self.unit * round(total / self.unit)
         return total if self.clip is None else max(-self.clip, min(self.clip, total))
 
-    def compile(self, alphabet: str) -> LexiconScorer | PatternScorer:
-        """The reward as a jittable function of token ids: ``(prompt, tokens, mask) -> reward``.
-
-        Args:
-          alphabet: character i is token i.
-
-        Returns:
-          A pytree; pass it as an argument of ``jit``. A word list runs as an automaton; patterns call back to
-          the host.
-
-        Raises:
-          BadReward: if no word of the list can be spelled with the alphabet.
-        """
-        if self.patterns:
-            return PatternScorer(self, alphabet)
-        return LexiconScorer(_automaton(self, alphabet), self.unit, self.clip)
-
 
 def in_word(character: str) -> bool:
     """Whether a character belongs to words: letters and apostrophes."""
@@ -145,95 +119,3 @@ def words_in(text: str, context: str = "", *, case: bool = False) -> list[str]:
         if inside and len(context) <= end < len(whole):
             words.append(normalized(letters, case))
     return words
-
-
-def _automaton(reward: TextReward, alphabet: str) -> Automaton:
-    """A trie with word boundaries: state 0 is "between words", 1 "in a word that is not listed".
-
-    A weight is collected on the transition that ends the word. After a listed word, apostrophes lead to one
-    state for each distinct weight, from which a letter leads to state 1.
-    """
-    ids: dict[str, list[int]] = {}
-    for i, c in enumerate(alphabet):
-        if in_word(c):
-            ids.setdefault(_fold(c, reward.case), []).append(i)
-    weight = {word: w for word, w in reward.words if set(word) <= set(ids)}
-    if not weight:
-        raise BadReward(
-            f"{reward.name}: none of its {len(reward.words)} words can be spelled with the characters of the "
-            "text; use a word list in the language of the text"
-        )
-    prefixes = sorted({word[:n] for word in weight for n in range(1, len(word) + 1)})
-    quoted = {w: 2 + i for i, w in enumerate(sorted(set(weight.values())))}
-    node = {prefix: 2 + len(quoted) + i for i, prefix in enumerate(prefixes)}
-    gain = np.zeros(2 + len(quoted) + len(node))
-    following = np.ones((len(gain), len(alphabet)), np.int32)
-    outside = np.array([not in_word(c) for c in alphabet])
-    apostrophe = ids.get("'", [])
-    following[:, outside] = 0
-    following[0, apostrophe] = 0
-    for w, state in quoted.items():
-        gain[state] = w
-        following[state, apostrophe] = state
-    for prefix, state in node.items():
-        gain[state] = weight.get(prefix.rstrip("'"), 0.0)
-        if prefix.rstrip("'") in weight:
-            following[state, apostrophe] = quoted[gain[state]]
-    for prefix, state in node.items():  # after the line above: an apostrophe inside a listed word wins
-        following[node.get(prefix[:-1], 0), ids[prefix[-1]]] = state
-    table = np.where(outside[None, :], gain[:, None], 0.0)
-    return Automaton(
-        jnp.zeros((), jnp.int32), jnp.asarray(following), jnp.asarray(table, jnp.result_type(float))
-    )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LexiconScorer:
-    """A word list over an alphabet: runs inside ``jit`` without leaving the device.
-
-    Attributes:
-      automaton: over the characters; Q states.
-      unit: totals are rounded to multiples of this; static.
-      clip: limit of the total, or None; static.
-    """
-
-    automaton: Automaton
-    unit: float = dataclasses.field(metadata={"static": True})
-    clip: float | None = dataclasses.field(metadata={"static": True})
-
-    def __call__(self, prompt: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Rewards; prompt [..., L], tokens [..., T], mask [..., T] -> [...]."""
-        total = automaton_reward(self.automaton, prompt, tokens, mask)
-        total = self.unit * jnp.round(total / self.unit)
-        return total if self.clip is None else jnp.clip(total, -self.clip, self.clip)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PatternScorer:
-    """Regular expressions over an alphabet: a callback, so every batch costs a round trip to the host.
-
-    Attributes:
-      reward: static.
-      alphabet: static.
-    """
-
-    reward: TextReward = dataclasses.field(metadata={"static": True})
-    alphabet: str = dataclasses.field(metadata={"static": True})
-
-    def __call__(self, prompt: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Rewards; prompt [..., L] (not read), tokens [..., T], mask [..., T] -> [...]."""
-        dtype = jnp.result_type(float)
-
-        def host(tokens: Any, mask: Any) -> np.ndarray:
-            rows, live = np.asarray(tokens), np.asarray(mask) > 0
-            shape = rows.shape[:-1]
-            rows, live = rows.reshape(-1, rows.shape[-1]), live.reshape(-1, rows.shape[-1])
-            texts = (
-                "".join(self.alphabet[i] for i in row[keep]) for row, keep in zip(rows, live, strict=True)
-            )
-            return np.array([self.reward.score(text) for text in texts], dtype).reshape(shape)
-
-        shape = jax.ShapeDtypeStruct(tokens.shape[:-1], dtype)
-        return jax.pure_callback(host, shape, tokens, mask, vmap_method="broadcast_all")

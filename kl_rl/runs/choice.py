@@ -11,7 +11,7 @@ from kl_rl.methods.needs import Feed, base_policy, own_policy
 from kl_rl.runs.settings import Learning, Sizes, Task
 from kl_rl.storage.errors import TrainingError
 
-__all__ = ["Choice", "choose"]
+__all__ = ["Choice", "check_choice", "choose"]
 
 
 class Choice(NamedTuple):
@@ -48,34 +48,44 @@ def _value(method: Method, task: Task) -> float:
     value = getattr(task, knob.option, None)
     value = knob.default if value is None else value
     if value is None:
-        raise TrainingError(f"{task.method} needs --{knob.option}, the {knob.unit}")
+        raise TrainingError(f"{method.name} needs --{knob.option}, the {knob.unit}")
     if not knob.admits(value):
         raise TrainingError(f"--{knob.option} must be {knob.range}; got {value:g}")
     return float(value)
 
 
-def _check(choice: Choice, task: Task, sizes: Sizes, learning: Learning) -> None:
+def check_choice(choice: Choice, sizes: Sizes, learning: Learning) -> None:
+    """Hold what a method needs against what a run gives it.
+
+    Raises:
+      TrainingError: naming the option.
+    """
     method, needs, samples = choice.method, choice.method.needs, sizes.num_samples
-    if task.data is not None and not needs.foreign:
+    if choice.drawn_by == "data" and not needs.foreign:
         raise TrainingError(
-            f"{task.method} learns from samples of its own policy and cannot use --data; these can: {_those('foreign')}"
+            f"{method.name} learns from samples of its own policy and cannot use --data; these can: {_those('foreign')}"
         )
     if samples < max(2, needs.samples):
         raise TrainingError(f"--num-samples must be at least {max(2, needs.samples)}; got {samples}")
-    if method.knob is not None and method.knob.option == "n" and task.data is None and choice.value > samples:
+    if (
+        method.knob is not None
+        and method.knob.option == "n"
+        and choice.drawn_by != "data"
+        and choice.value > samples
+    ):
         raise TrainingError(f"--n must be at most --num-samples = {samples}; got {choice.value:g}")
     if needs.feed is Feed.PAIRS and samples % 2:
-        raise TrainingError(f"{task.method} compares pairs: --num-samples must be even; got {samples}")
+        raise TrainingError(f"{method.name} compares pairs: --num-samples must be even; got {samples}")
     if learning.twist is not None and not needs.heads:
-        raise TrainingError(f"--twist {learning.twist}: {task.method} has no values, which it would be for")
+        raise TrainingError(f"--twist {learning.twist}: {method.name} has no values, which it would be for")
     if learning.temperature != 1.0 and not needs.tempered:
         raise TrainingError(
-            f"{task.method} takes its samples as they are drawn: another --temperature than 1 would move what it "
+            f"{method.name} takes its samples as they are drawn: another --temperature than 1 would move what it "
             f"learns; these correct for it: {_those('tempered')}"
         )
     if sizes.gradient_accumulation > 1 and not needs.parts:
         raise TrainingError(
-            f"{task.method} normalizes its weights over the whole batch: it cannot have --gradient-accumulation"
+            f"{method.name} normalizes its weights over the whole batch: it cannot have --gradient-accumulation"
         )
 
 
@@ -101,5 +111,5 @@ def choose(task: Task, sizes: Sizes, learning: Learning) -> Choice:
     memory = method.memory if task.data is None else given()
     method = method._replace(options={**method.options, **options}, memory=memory)
     choice = Choice(method, _value(method, task))
-    _check(choice, task, sizes, learning)
+    check_choice(choice, sizes, learning)
     return choice

@@ -65,6 +65,7 @@ class Job(NamedTuple):
       programs: compiled parts.
       knobs: numbers that the programs take.
       mesh: devices; None: the default one.
+      extras: ``(row, tuned samples, base samples) -> row``: further measurements; None: none.
       pool: ``(name, draw) -> samples``: hands out samples of p0 that several runs share, drawing them if they are not
         there yet; None: this run draws its own.
     """
@@ -79,6 +80,7 @@ class Job(NamedTuple):
     programs: Programs
     knobs: Knobs
     mesh: Mesh | None
+    extras: Callable[..., dict[str, Any]] | None = None
     pool: Callable[..., Any] | None = None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,6 +162,7 @@ def pretrain(
     *,
     progress: Progress = _silent,
     say: Callable[[str], None] = to_stderr,
+    preemption: Preemption | None = None,
 ) -> dict[str, float]:
     """Train a byte model and export it to ``folder/model``; picked up from the newest checkpoint of the folder.
 
@@ -170,6 +172,7 @@ def pretrain(
       folder: of the run, held by this process alone.
       progress: called with a fraction of the work and a message.
       say: told about damaged checkpoints.
+      preemption: hears signals; None: one of its own.
 
     Returns:
       ``held_out_loss`` and ``unigram_entropy`` in nats per byte, ``steps``, ``parameters``.
@@ -197,12 +200,12 @@ def pretrain(
         kept.journal.write("metrics.jsonl", row)
         return fitted
 
-    with Preemption() as preemption:
+    with Preemption() if preemption is None else contextlib.nullcontext(preemption) as heard:
         first = programs.begin(jax.random.key(plan.seed))
         kept, position = pick_up(folder, first, ("metrics.jsonl",), max(1, steps // 10), say=say)
         position = position or Position(0, first, {})
         try:
-            fitted = run_steps(kept, position.tree, position.step, steps, advance, preemption)
+            fitted = run_steps(kept, position.tree, position.step, steps, advance, heard)
         finally:
             kept.close()
     weights = jax.device_get(_tied(fitted.weights, tokenizer.begin_id))

@@ -84,12 +84,14 @@ class Files(NamedTuple):
       save_every: steps between two checkpoints.
       make_sinks: given the steps done, where else numbers go.
       export: whether the model is written at the end.
+      measure_first: whether the policy is measured before the first step, when it is p0.
     """
 
     folder: Path
     save_every: int
     make_sinks: MakeSinks = lambda step: ()
     export: bool = True
+    measure_first: bool = True
 
 
 def train_job(
@@ -127,9 +129,9 @@ def train_job(
         else:
             progress(position.step / steps, f"going on after step {position.step}")
         with _opened(files.make_sinks, position.step) as sinks:
-            session = _Session(job, kept, sinks, files.folder, progress, say)
+            session = _Session(job, kept, sinks, files, progress, say)
             held = run_steps(kept, position.tree, position.step, steps, session.step, preemption)
-            measured = session.finish(held, files.export)
+            measured = session.finish(held)
             return measured | {"resumed": position.step}
     finally:
         kept.close()
@@ -157,17 +159,19 @@ class _Session:
     """One step of the loop with its rows, from the point of view of files."""
 
     def __init__(
-        self, job: Job, kept: Kept, sinks: Sequence[Sink], folder: Path, progress: Progress, say: Say
+        self, job: Job, kept: Kept, sinks: Sequence[Sink], files: Files, progress: Progress, say: Say
     ):
         self._job, self._kept, self._sinks, self._progress, self._say = job, kept, sinks, progress, say
-        self._folder, self._measure = folder, evaluation(job)
+        self._files, self._measure = files, evaluation(job)
         self._steps, self._every = job.sizes.steps, job.sizes.eval_every
         self._last: dict[str, Any] = {}
         self._drawn = _SAMPLES[job.choice.drawn_by]
         self._weighted: bool | None = None  # whether any sample of any step has had weight
 
     def _due(self, step: int) -> bool:
-        return step == 0 or (self._every > 0 and step % self._every == 0)
+        if step == 0:
+            return self._files.measure_first
+        return self._every > 0 and step % self._every == 0
 
     def step(self, held: Held, step: int) -> Held:
         """Measure if it is due, then advance; rows are written when all has gone well."""
@@ -197,7 +201,7 @@ class _Session:
     def _write_timing(self, step: int, seconds: float, measuring: float) -> None:
         if not is_first():
             return
-        with open(self._folder / TIMING, "a") as file:
+        with open(self._files.folder / TIMING, "a") as file:
             file.write(f'{{"step": {step}, "seconds": {seconds:.4f}, "measuring": {measuring:.4f}}}\n')
 
     def _report(self, step: int, row: Mapping[str, Any]) -> None:
@@ -211,23 +215,23 @@ class _Session:
             shown += f" | policy after step {last['step']}: {found}"
         self._progress(step / self._steps, f"step {step}: {self._drawn}{shown}")
 
-    def finish(self, held: Held, exported: bool) -> dict[str, Any]:
+    def finish(self, held: Held) -> dict[str, Any]:
         """The last measurement, which belongs to no step, and the export."""
         self._progress(1.0, "measuring")
         measured = self._measure(held, self._steps)
         if is_first() and self._written() < self._steps:
             self._write_measured(measured)
             self._kept.journal.sync()
-        if exported:
+        if self._files.export:
             self._progress(1.0, "exporting the model")
-            export(self._job, held, self._folder / "model")
+            export(self._job, held, self._files.folder / "model")
         if self._weighted is False:
             self._say("warning: no sample had any weight (no reward passed) in any step: nothing was learned")
         return {**measured.row, "steps": self._steps}
 
     def _written(self) -> int:
         """The step of the last measurement in the file."""
-        lines = (self._folder / EVALUATIONS).read_bytes().splitlines()
+        lines = (self._files.folder / EVALUATIONS).read_bytes().splitlines()
         return json.loads(lines[-1])["step"] if lines else -1
 
 

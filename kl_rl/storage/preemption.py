@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from kl_rl.sharding.processes import agreed
 
@@ -39,7 +39,7 @@ class Preemption:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
 
-    def __enter__(self) -> Preemption:
+    def __enter__(self) -> Self:
         """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
