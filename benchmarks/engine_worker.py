@@ -99,11 +99,12 @@ def dpo(config: Config) -> Program:
     posterior = kl_rl.Posterior(base, kl_rl.Tilt(config.dpo_beta))
     prompts, rng = _prompts(config, config.batch), np.random.default_rng(config.seed)
     ones = np.ones((config.batch, 2, config.new), np.float32)
-    reward = np.tile(np.float32([1.0, 0.0]), (config.batch, 1))
+    reward = np.zeros((config.batch, 2), np.float32)  # nobody knows it
+    label = np.tile(np.float32([1.0, 0.0]), (config.batch, 1))
 
     def batch():
         tokens = rng.integers(0, 256, ones.shape).astype(np.int32)
-        return place_batch(kl_rl.Trajectories(next(prompts), tokens, ones, ones, -ones, reward), mesh)
+        return place_batch(kl_rl.Trajectories(next(prompts), tokens, ones, ones, -ones, reward, label), mesh)
 
     state, posterior = place((algorithm.init(base), posterior), mesh)
     return _carried(jit_step(algorithm.step, state, mesh), state, lambda: (posterior, batch()))

@@ -151,7 +151,9 @@ def time_training(config: Config, batch: int, remat: bool) -> dict[str, Any] | N
         if _out_of_memory(error):
             return None
         raise
-    row = Setting(prompts=batch, prompt_length=1, horizon=config.length, samples=1)  # a row of length + 1 ids
+    row = Setting(
+        batch=batch, prompt_length=1, horizon=config.length, num_samples=1
+    )  # a row of length + 1 ids
     return {
         "batch": batch,
         "remat": remat,

@@ -40,8 +40,8 @@ class Case:
 
 
 CASES = {
-    "1b": Case("1b", "v5e:4x4", "fsdp=4,tensor=4", Setting(prompts=16)),
-    "7b": Case("7b", "v5e:16x16", "fsdp=64,tensor=4", Setting(prompts=256)),
+    "1b": Case("1b", "v5e:4x4", "fsdp=4,tensor=4", Setting(batch=16)),
+    "7b": Case("7b", "v5e:16x16", "fsdp=64,tensor=4", Setting(batch=256)),
 }
 
 

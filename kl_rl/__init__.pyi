@@ -16,6 +16,7 @@ from . import sharding as sharding
 from . import storage as storage
 from . import tokenizer as tokenizer
 from . import worlds as worlds
+from .core.checks import check_policy as check_policy
 from .core.estimate import Estimate as Estimate
 from .core.mixtures import mixture as mixture
 from .core.nnx import from_nnx as from_nnx
@@ -33,7 +34,7 @@ from .core.trajectories import Trajectories as Trajectories
 from .core.transform import Transform as Transform
 from .core.twist import Twist as Twist
 from .exact import enumerate_strings as enumerate_strings
-from .exact import log_prob as log_prob
+from .exact import log_law as log_law
 from .exact import reward_levels as reward_levels
 from .measure import Samples as Samples
 from .measure import read_samples as read_samples

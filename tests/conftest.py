@@ -49,7 +49,7 @@ class Tiny:
         self.strings = exact.enumerate_strings(self.vocab, self.horizon)
         self.prompt = jnp.array([[self.vocab]])
         self.base = table_policy(jax.random.key(seed), self.vocab, self.horizon, extra=self.extra, scale=0.7)
-        self.log_base = exact.log_prob(self.base, self.prompt[0], self.strings)
+        self.log_base = exact.log_law(self.base, self.prompt[0], self.strings)
         self.reward = self.reward_fn(None, self.strings.tokens, self.strings.mask)
         self.levels = exact.reward_levels(self.reward)
 
@@ -65,7 +65,7 @@ class Tiny:
         return table_from_law(log_law, prompt, self.strings.tokens, self.base)
 
     def law(self, policy):
-        return exact.log_prob(policy, self.prompt[0], self.strings)
+        return exact.log_law(policy, self.prompt[0], self.strings)
 
     def tilt(self, beta):
         return exact.log_posterior(self.log_base, self.reward / beta)

@@ -10,10 +10,9 @@ import time
 import numpy as np
 import pytest
 
-from kl_rl.experiments.compare import matched
-from kl_rl.experiments.compare.catalogue import CATALOGUE, methods_named
 from kl_rl.experiments.compare.main import frontier_price
-from kl_rl.experiments.compare.reference import best_of_n_law
+from kl_rl.experiments.compare.matched import matched
+from kl_rl.methods import METHODS, laws
 
 WORLD = {
     "name": "small",
@@ -133,9 +132,9 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(world_file, tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 1 and "--resume" in stderr and "Traceback" not in stderr
+    assert process.returncode == 130 and "--resume" in stderr and "Traceback" not in stderr
     assert (out / "report.html").exists()
-    assert {r["method"] for r in rows_of(out)} < {m.name for m in CATALOGUE} | {
+    assert {r["method"] for r in rows_of(out)} < {m.name for m in METHODS} | {
         "exact-posterior", "control", "exact-best-of-n", "exact-filter"
     }  # fmt: skip
     again = kl_rl("compare", *args, "--resume")
@@ -147,7 +146,7 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(world_file, tmp_path):
 BAD = {
     ("--methods", "rlhff"): "unknown method 'rlhff'",
     ("--seeds", "0"): "--seeds must be positive",
-    ("--reward", "x.json"): "--reward goes with --text",
+    ("--reward", "x.json"): "--reward goes with --base or --text, not with an enumerable world",
     ("--resume",): "--resume needs --out",
     ("--world", "no-such.json"): "no-such.json: no such file",
     ("--text", "no-such.txt"): "no-such.txt",
@@ -169,12 +168,6 @@ def test_a_world_too_large_to_enumerate_names_size_limit_and_way_out(tmp_path):
     assert done.returncode == 2 and "262144" in done.stderr and "shorten the horizon" in done.stderr
 
 
-def test_method_selection():
-    assert methods_named(None) == CATALOGUE
-    assert {m.family for m in methods_named(["rlhf", "dpo"])} == {"rlhf", "preference"}
-    assert len({m.name for m in CATALOGUE}) == len(CATALOGUE)
-
-
 def test_interpolation_is_exact_where_divergences_are_quadratic():
     """KL = 0.3 x^2 in the reward gained: between the knobs and the base, the square root is linear."""
     rate = {"kl": 0.3, "P": 0.2, "S": 0.0, "C": 0.1, "C_fwd": 0.5, "C_JS": 0.01, "kl_pstar_q": 1.0}
@@ -184,13 +177,13 @@ def test_interpolation_is_exact_where_divergences_are_quadratic():
         for seed in (0, 1)
         for x in (1.0, 2.0)
     ]
-    (entry, missed) = matched.matched(rows, "reward", [1.7, 9.0], base_reward=1.0)
+    (entry, missed) = matched(rows, "reward", [1.7, 9.0], base_reward=1.0)
     assert entry["seeds"] == 2 and entry["C_fwd_stderr"] == 0
     np.testing.assert_allclose(
         [entry["C_fwd"], entry["entropy_gap"], entry["kl"]], [0.5 * 0.49, 1.4, 0.3 * 0.49]
     )
     assert missed == {"method": "m", "family": "f", "target": 9.0, "seeds": 0}
-    at_kl = matched.matched(rows, "kl", [0.3 * 1.5**2], base_reward=1.0)[0]
+    at_kl = matched(rows, "kl", [0.3 * 1.5**2], base_reward=1.0)[0]
     np.testing.assert_allclose([at_kl["reward"], at_kl["C"]], [2.5, 0.1 * 1.5**2])
 
 
@@ -211,4 +204,4 @@ def test_best_of_n_law_is_that_of_the_best_of_n_draws(tiny):
     best = reward[index] == reward[index].max(0)
     for k in range(3):
         np.add.at(law, index[k], p[index].prod(0) * best[k] / best.sum(0))
-    np.testing.assert_allclose(np.exp(best_of_n_law(log_base, reward, 3.0)), law, rtol=1e-10)
+    np.testing.assert_allclose(np.exp(laws.best_of_n(log_base, reward, 3.0)), law, rtol=1e-10)

@@ -11,7 +11,7 @@ from decoders import CONFIGS, policy_of, random_weights
 from flax import nnx
 
 from kl_rl import Posterior, Tilt, Trajectories, advance, fresh, ppo, reinforce, score, start
-from kl_rl.core.rollouts import prefix_values
+from kl_rl.core.twist import prefix_twists
 from kl_rl.models import (
     Attention,
     Decoder,
@@ -128,7 +128,7 @@ def test_unknown_projections_are_named():
 def test_a_twist_head_sees_prefixes_only(train_trunk):
     config = CONFIGS["gemma3"]
     twist = decoder_twist(config, random_weights(config), train_trunk=train_trunk)
-    values = jax.jit(prefix_values)
+    values = jax.jit(prefix_twists)
     np.testing.assert_array_equal(values(twist, batch_of()), 0.0)
     rng = np.random.default_rng(0)
     noise = lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype)
@@ -140,7 +140,7 @@ def test_a_twist_head_sees_prefixes_only(train_trunk):
     np.testing.assert_allclose(after[..., :4], before[..., :4], atol=1e-6)
     assert (np.abs(after[..., 4:] - before[..., 4:]) > 1e-6).all()
     prompts = jnp.broadcast_to(PROMPT[:, None], (2, 2, 3))
-    alone = jax.jit(lambda twist, *ids: twist.logits(*ids))(twist, prompts, batch.tokens)
+    alone = jax.jit(twist.apply)(twist.weights, prompts, batch.tokens)
     np.testing.assert_allclose(alone, before, atol=1e-5)
 
 
@@ -149,12 +149,9 @@ def test_a_twist_on_the_frozen_base_trains_its_head_only():
     twist = decoder_twist(CONFIGS["gpt2"], base.params)
     algorithm = ppo(optimizer=optax.adam(0.01), twist=twist)
     state = algorithm.init(base)
-    assert len(jax.tree.leaves(state.optimizer["twist"])) == 2 * 2 + 1
+    assert len(jax.tree.leaves(state.optimizer["value"])) == 2 * 2 + 1
     state, info = jax.jit(algorithm.step)(state, Posterior(base, Tilt(1.0)), batch_of())
-    assert (
-        np.isfinite(info.loss)
-        and np.abs(state.twist.params["head" if "head" in state.twist.params else "kernel"]).max() > 0
-    )
+    assert np.isfinite(info.loss) and np.abs(state.heads["value"].params["kernel"]).max() > 0
 
 
 @pytest.mark.optimized

@@ -40,8 +40,10 @@ def encoder(limits=None, **options):
 def checked(batch, shape):
     check_trajectories(batch)
     assert batch.tokens.shape == shape and batch.tokens.dtype == batch.prompt.dtype == np.int32
-    assert all(leaf.dtype == np.float32 for leaf in batch[2:])
-    assert all(np.isfinite(leaf).all() for leaf in batch)
+    said = batch.reward if batch.label is None else batch.label  # of comparisons nobody knows the reward
+    leaves = jax.tree.leaves(batch._replace(prompt=None, tokens=None, reward=said))
+    assert all(leaf.dtype == np.float32 and np.isfinite(leaf).all() for leaf in leaves)
+    assert batch.label is None or np.isnan(batch.reward).all()
     assert set(np.unique(batch.mask)) <= {0.0, 1.0} and not np.any(batch.tokens[batch.mask == 0])
     assert not np.any(batch.log_behaviour[batch.action_mask == 0])
 
@@ -211,14 +213,14 @@ def test_comparisons_and_rankings(tmp_path):
         load(tmp_path, ComparisonRecord, COMPARED, but(COMPARED, probability=0.75)), encoder()
     )
     checked(batch, (2, 2, 3))
-    assert batch.tokens[0].tolist() == [[3, 0, 0], [4, 5, 0]] and batch.reward.tolist() == [
+    assert batch.tokens[0].tolist() == [[3, 0, 0], [4, 5, 0]] and batch.label.tolist() == [
         [1, 0],
         [0.75, 0.25],
     ]
     ranked = load(tmp_path, RankingRecord, RANKED, but(RANKED, ranks=[1, 3, 2]))
     whole = encode_rankings(ranked, encoder(add_end=False))
     checked(whole, (2, 3, 1))
-    assert whole.reward.tolist() == [[-2, -1, -2], [-1, -3, -2]]
+    assert whole.label.tolist() == [[-2, -1, -2], [-1, -3, -2]]
     pairs = encode_comparisons(ranking_pairs(ranked), encoder(add_end=False))
     found = [LETTERS.decode(row.reshape(-1)) for row in pairs.tokens]
     assert found == ["dc", "de", "cd", "ce", "ed"]  # ties give no pair

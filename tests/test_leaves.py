@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_families import METHODS, source_for
+from protocol import HORIZON, ground_with, made, posterior_of, reward_fn
 
 from kl_rl import exact
-from kl_rl.core.posterior import Posterior
-from kl_rl.methods import fit
+from kl_rl.methods import fit, fresh, method_named
 from kl_rl.raters.numpyro_bridge import as_numpyro
 from kl_rl.sharding import make_mesh, place
 from kl_rl.storage.checkpoint import Checkpoints
@@ -17,27 +16,27 @@ from kl_rl.storage.checkpoint import Checkpoints
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
-def trained(name, tiny, run, base, num_steps):
-    make, evidence, _, _ = METHODS[name]
-    algorithm, source = make(tiny, optax.adam(0.05)), source_for(name, tiny, 16)
-    if run is None:
-        run = fit.start(algorithm, base, Posterior(base, evidence), source, jax.random.key(0))
-    step = jax.jit(
-        lambda run, base: fit.advance(algorithm, run, Posterior(base, evidence), source, num_steps=num_steps)
-    )
-    return run, lambda run, base: step(run, base)[0]
+def training(name, num_steps):
+    """A run before its first step, its base, and ``(run, base) -> run`` some steps later."""
+    method, ground = method_named(name), ground_with(1)
+    algorithm = made(method, ground, optax.adam(0.05))
+    source = fresh(ground.prompt, reward_fn, num_samples=16, horizon=HORIZON, memory=method.memory)
+    posterior = lambda base: posterior_of(method, base)
+    run = fit.start(algorithm, ground.base, posterior(ground.base), source, jax.random.key(0))
+    steps = lambda run, base: fit.advance(algorithm, run, posterior(base), source, num_steps=num_steps)[0]
+    return run, ground.base, jax.jit(steps)
 
 
 @pytest.mark.parametrize(
-    "name", ["reinforce", "ppo", "best_of_n", "decision_transformer", "subtrajectory_balance", "dpo"]
+    "name", ["rloo", "ppo", "best-of-n", "dt-tilted", "subtb-replay", "alpha-0.5", "dpo"]
 )
 @pytest.mark.parametrize("shape", [(1, 3), (2, 3)])
-def test_sharded_equals_unsharded(name, shape, tiny):
+def test_sharded_equals_unsharded(name, shape):
     """One representative of each family, parameters split in three, on 3 and on 6 of the simulated devices."""
-    run, step = trained(name, tiny, None, tiny.base, 3)
-    plain = step(run, tiny.base)
+    run, base, step = training(name, 3)
+    plain = step(run, base)
     mesh = make_mesh(*shape)
-    placed_run, placed_base = place(run, mesh), place(tiny.base, mesh)
+    placed_run, placed_base = place(run, mesh), place(base, mesh)
     assert len(placed_base.params.sharding.device_set) == shape[0] * shape[1]
     assert not placed_base.params.sharding.is_fully_replicated
     placed = step(placed_run, placed_base)
@@ -49,17 +48,17 @@ def test_mesh_larger_than_the_machine_is_refused():
         make_mesh(10, 100)
 
 
-@pytest.mark.parametrize("name", ["ppo", "expert_iteration", "decision_transformer", "trajectory_balance"])
-def test_resume_is_bit_equal(name, tiny, tmp_path):
+@pytest.mark.parametrize("name", ["ppo", "expert-iteration", "dt-tilted", "tb-replay"])
+def test_resume_is_bit_equal(name, tmp_path):
     """Six steps in one go, and three, saved, restored into a fresh run, and three more."""
-    run, step = trained(name, tiny, None, tiny.base, 3)
-    half = step(run, tiny.base)
-    whole = step(half, tiny.base)
+    run, base, step = training(name, 3)
+    half = step(run, base)
+    whole = step(half, base)
     store = Checkpoints(tmp_path / "run")
     store.save(3, half)
     store.close()
     again = Checkpoints(tmp_path / "run")
-    resumed = step(again.restore(run), tiny.base)
+    resumed = step(again.restore(run), base)
     again.close()
     for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
         data = (

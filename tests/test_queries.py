@@ -12,9 +12,9 @@ from numpy.testing import assert_allclose
 from kl_rl import exact, measure
 from kl_rl.exact.hidden_markov import HiddenMarkov
 from kl_rl.experiments.compare.extras import measure_extras
-from kl_rl.experiments.compare.problem import Problem, exact_law, normalized
-from kl_rl.experiments.compare.reference import best_of_n_law
+from kl_rl.experiments.compare.ground import Ground, exact_law
 from kl_rl.measure import forecasts, queries
+from kl_rl.methods.laws import best_of_n, normalized
 from kl_rl.worlds import parse_world
 
 within = jax.jit(measure.conditional_kl)
@@ -242,7 +242,7 @@ def test_lift_is_infinite_for_what_the_posterior_never_says(listed):
         queries.ngrams(strings, 5)
 
 
-def make_problem(prompts, end=None):
+def make_ground(prompts, end=None):
     """A world whose base is the process itself: nothing to train."""
     rng = np.random.default_rng(0)
     tables = {"transition": [[0.8, 0.2], [0.3, 0.7]], "emission": rng.dirichlet(np.ones(3), 2).tolist()}
@@ -256,20 +256,20 @@ def make_problem(prompts, end=None):
     rewards = np.stack([np.asarray(world.reward(row, strings.tokens, strings.mask), float) for row in rows])
     flat = exact.reward_levels(rewards.reshape(-1))
     levels = exact.Levels(np.asarray(flat.value), np.asarray(flat.index).reshape(rewards.shape))
-    return Problem(world, world.base, strings, log_base, rewards, levels, np.zeros(0), (0.0, 0.0))
+    return Ground(world, world.base, strings, log_base, rewards, levels, np.zeros(0), (0.0, 0.0))
 
 
 @pytest.fixture(
     scope="module", params=[([[]], None), ([[0], [1]], 2)], ids=["one prompt", "two prompts, end"]
 )
-def problem(request):
-    return make_problem(*request.param)
+def ground(request):
+    return make_ground(*request.param)
 
 
-def calibration_loss(problem, law):
+def calibration_loss(ground, law):
     """Mean over prompts of E_{r~q} KL(q(y|r) || p0(y|r)), by the definition."""
     total = 0.0
-    for p, q, index in zip(np.exp(problem.log_base), np.exp(law), problem.levels.index, strict=True):
+    for p, q, index in zip(np.exp(ground.log_base), np.exp(law), ground.levels.index, strict=True):
         for r in np.unique(index[q > 0]):
             rows = (index == r) & (q > 0)
             mass, base = q[rows].sum(), p[index == r].sum()
@@ -277,14 +277,14 @@ def calibration_loss(problem, law):
     return total / len(law)
 
 
-def extras_of(problem, law, beta=0.7):
+def extras_of(ground, law, beta=0.7):
     """The extra fields, compared with the posterior of a temperature."""
-    measured = {"beta_fit": beta, "beta": 0.7, "C": calibration_loss(problem, law)}
-    return measure_extras(problem)(law, measured), measured
+    measured = {"beta_fit": beta, "beta": 0.7, "C": calibration_loss(ground, law)}
+    return measure_extras(ground)(law, measured), measured
 
 
-def test_exact_posterior_is_perfect_on_its_own_terms(problem):
-    row, _ = extras_of(problem, normalized(problem.log_base + problem.reward / 0.7))
+def test_exact_posterior_is_perfect_on_its_own_terms(ground):
+    row, _ = extras_of(ground, normalized(ground.log_base + ground.reward / 0.7))
     assert all(isinstance(value, float) and math.isfinite(value) for value in row.values())
     zero = ["query_next_undone", "query_infill_undone", "query_next_pstar", "query_infill_pstar", "latent_tv"]
     zero += ["ece_pstar", "ece_mass_pstar", "smece_pstar", "brier_reliability_pstar", "log_reliability_pstar"]
@@ -292,20 +292,20 @@ def test_exact_posterior_is_perfect_on_its_own_terms(problem):
     assert min(row["sbc_reward_p"], row["sbc_logp0_p"]) > 1e-3
     assert row["smece_p0"] > 1e-2 and row["query_next_p0"] > 1e-3
     assert row["smece_p0_tempered"] <= row["smece_p0"] * 1.2
-    assert ("information_gap" in row) == (len(problem.log_base) > 1)
+    assert ("information_gap" in row) == (len(ground.log_base) > 1)
     assert abs(row.get("information_gap", 0.0)) < 1e-9
 
 
-def test_base_is_perfect_on_its_own_text(problem):
-    row, _ = extras_of(problem, problem.log_base, math.inf)
+def test_base_is_perfect_on_its_own_text(ground):
+    row, _ = extras_of(ground, ground.log_base, math.inf)
     names = ["ece", "ece_mass", "smece", "brier_reliability", "log_reliability", "query_next", "query_infill"]
     assert max(abs(row[f"{name}_p0"]) for name in names) < 1e-12
     assert_allclose(row["temperature_p0"], 1.0, rtol=1e-6)
 
 
-def test_a_spoiled_policy_is_seen_by_every_instrument(problem):
-    noise = np.random.default_rng(1).normal(size=problem.log_base.shape)
-    row, measured = extras_of(problem, normalized(problem.log_base + problem.reward / 0.7 + noise))
+def test_a_spoiled_policy_is_seen_by_every_instrument(ground):
+    noise = np.random.default_rng(1).normal(size=ground.log_base.shape)
+    row, measured = extras_of(ground, normalized(ground.log_base + ground.reward / 0.7 + noise))
     for name in (
         "ece_pstar",
         "smece_pstar",
@@ -319,33 +319,33 @@ def test_a_spoiled_policy_is_seen_by_every_instrument(problem):
     assert row["attractor_lift"] > 1e-3
 
 
-def test_ranks_see_a_sharpened_posterior(problem):
-    sharp = normalized(2 * (problem.log_base + problem.reward / 0.7))
-    row, _ = extras_of(problem, sharp)
+def test_ranks_see_a_sharpened_posterior(ground):
+    sharp = normalized(2 * (ground.log_base + ground.reward / 0.7))
+    row, _ = extras_of(ground, sharp)
     assert row["sbc_logp0_p"] < 1e-6 and row["temperature_p0"] > 1.2
 
 
-def test_log_score_on_base_text_is_entropy_plus_the_next_token_query(problem):
+def test_log_score_on_base_text_is_entropy_plus_the_next_token_query(ground):
     """nll on p0 text, times the expected length, is the cross-entropy of the laws; prompts are pooled."""
-    law = normalized(problem.log_base + 0.5 * np.random.default_rng(2).normal(size=problem.log_base.shape))
-    row, _ = extras_of(problem, law)
-    p = np.exp(problem.log_base)
-    length = (p @ np.asarray(problem.strings.mask).sum(1)).sum()
+    law = normalized(ground.log_base + 0.5 * np.random.default_rng(2).normal(size=ground.log_base.shape))
+    row, _ = extras_of(ground, law)
+    p = np.exp(ground.log_base)
+    length = (p @ np.asarray(ground.strings.mask).sum(1)).sum()
     assert_allclose(row["nll_p0"], -(p * law).sum() / length, rtol=1e-11)
 
 
-def test_filters_leave_fields_undefined_without_failing(problem):
+def test_filters_leave_fields_undefined_without_failing(ground):
     with np.errstate(divide="ignore"):
-        law = normalized(np.where(problem.reward >= 1, problem.log_base, -np.inf))
-    row, _ = extras_of(problem, law)
+        law = normalized(np.where(ground.reward >= 1, ground.log_base, -np.inf))
+    row, _ = extras_of(ground, law)
     assert row["nll_p0"] == math.inf and row["query_infill_p0"] == math.inf
     assert math.isnan(row["ece_p0"]) and math.isnan(row["temperature_p0"])
     assert row["latent_tv"] < 1e-12 and math.isfinite(row["attractor_lift"])
-    best = np.stack([best_of_n_law(b, r, 4.0) for b, r in zip(problem.log_base, problem.reward, strict=True)])
-    assert abs(extras_of(problem, best)[0]["query_infill_undone"]) < 1e-12
+    best = np.stack([best_of_n(b, r, 4.0) for b, r in zip(ground.log_base, ground.reward, strict=True)])
+    assert abs(extras_of(ground, best)[0]["query_infill_undone"]) < 1e-12
 
 
-def test_a_diverged_law_gives_the_same_fields_undefined(problem):
-    row, measured = extras_of(problem, problem.log_base)
-    lost = measure_extras(problem)(np.full_like(problem.log_base, np.nan), measured)
+def test_a_diverged_law_gives_the_same_fields_undefined(ground):
+    row, measured = extras_of(ground, ground.log_base)
+    lost = measure_extras(ground)(np.full_like(ground.log_base, np.nan), measured)
     assert set(row) - set(lost) <= {"information_gap"} and all(math.isnan(value) for value in lost.values())

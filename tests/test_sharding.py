@@ -13,10 +13,10 @@ import numpy as np
 import optax
 import pytest
 
-from kl_rl import methods
 from kl_rl.core import rollouts
 from kl_rl.core.posterior import Posterior, Tilt
 from kl_rl.core.trajectories import Trajectories
+from kl_rl.methods import METHODS, Given, Head, grpo, method_named, reinforce
 from kl_rl.methods.parts import in_parts, value_and_grad
 from kl_rl.models import (
     Attention,
@@ -77,35 +77,35 @@ def batch_of(num_prompts=8, num_samples=2):
     ends = jax.random.randint(keys[2], (num_prompts, num_samples, 1), 1, HORIZON + 1)
     mask = (jnp.arange(HORIZON).reshape(1, 1, -1) < ends).astype(jnp.float64)
     reward = jax.random.normal(keys[3], tokens.shape[:2])
-    return Trajectories(prompt, tokens, mask, jnp.ones_like(mask), -2.5 * mask, reward)
+    label = (reward > reward[:, ::-1]).astype(reward.dtype)
+    return Trajectories(prompt, tokens, mask, jnp.ones_like(mask), -2.5 * mask, reward, label)
 
 
-# name: algorithm from (optimizer, a twist head); at least one of each family
-FAMILIES = {
-    "reinforce": lambda o, twist: methods.reinforce(optimizer=o),
-    "ppo": lambda o, twist: methods.ppo(optimizer=o, twist=twist),
-    "grpo": lambda o, twist: methods.grpo(optimizer=o),
-    "best_of_n": lambda o, twist: methods.best_of_n(2.0, optimizer=o),
-    "reward_weighted": lambda o, twist: methods.reward_weighted(optimizer=o),
-    "expert_iteration": lambda o, twist: methods.expert_iteration(2.0, optimizer=o, refresh=1),
-    "decision_transformer": lambda o, twist: methods.decision_transformer(
-        optimizer=o, edges=jnp.asarray([-0.5, 0.5]), first_token=VOCAB
-    ),
-    "trajectory_balance": lambda o, twist: methods.trajectory_balance(optimizer=o, twist=constant_twist()),
-    "subtrajectory_balance": lambda o, twist: methods.subtrajectory_balance(optimizer=o, twist=twist),
-    "alpha_divergence": lambda o, twist: methods.alpha_divergence(0.5, optimizer=o),
-    "dpo": lambda o, twist: methods.dpo(optimizer=o),
-}
+def posterior_of(name, base):
+    return Posterior(base, method_named(name).evidence(0.7))
+
+
+def algorithm_of(name, optimizer, value):
+    """A card's algorithm, with a value head where one is needed."""
+
+    def scaled(factor=1.0, *, epochs=1):
+        return optimizer
+
+    head = lambda kind: constant_twist() if kind is Head.LOG_Z else value
+    given = Given(scaled, head, 10, jnp.asarray([-0.5, 0.5]), VOCAB)
+    return method_named(name).made(2.0, given)
+
+
 ONE_LAYER = {"llama": dataclasses.replace(LLAMA, layers=1), "gpt2": dataclasses.replace(GPT2, layers=1)}
 QUICK = {  # the default tests: every family once, both models, four meshes
     "ppo": ("llama", (2, 2, 2)),
-    "reward_weighted": ("gpt2", (1, 4, 2)),
-    "decision_transformer": ("llama", (1, 2, 2)),
-    "subtrajectory_balance": ("gpt2", (2, 2, 2)),
-    "alpha_divergence": ("llama", (1, 4, 2)),
+    "rwr": ("gpt2", (1, 4, 2)),
+    "dt-tilted": ("llama", (1, 2, 2)),
+    "subtb-replay": ("gpt2", (2, 2, 2)),
+    "alpha-0.5": ("llama", (1, 4, 2)),
     "dpo": ("gpt2", (2, 2, 1)),
 }
-IN_PARTS = {"dpo": 2, "alpha_divergence": 2}  # of the default tests: the sharded step adds up gradients
+IN_PARTS = {"dpo": 2, "alpha-0.5": 2}  # of the default tests: the sharded step adds up gradients
 
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -116,8 +116,8 @@ def problem(name, config, execution, optimizer=OPTIMIZER):
     base = decoder_policy(config, weights_of(config), execution)
     policy = base.with_params(weights_of(config, seed=1))
     twist = decoder_twist(config, base.params, execution, train_trunk=name == "ppo" and execution.scan_layers)
-    algorithm = FAMILIES[name](optimizer, twist)
-    return algorithm, algorithm.init(policy), Posterior(base, Tilt(0.7)), batch_of()
+    algorithm = algorithm_of(name, optimizer, twist)
+    return algorithm, algorithm.init(policy), posterior_of(name, base), batch_of()
 
 
 def same(placed, plain, rtol=1e-6, atol=1e-6):
@@ -146,7 +146,7 @@ def sharded_equals_unsharded(name, config, shape, execution, parts=1):
     assert kernel.sharding.shard_shape(kernel.shape)[1] == config.width // shape[1]
     assert kernel.sharding.shard_shape(kernel.shape)[2] == config.attention.heads // shape[2]
     assert state.optimizer["policy"][0].mu["layers"]["query"]["kernel"].sharding == kernel.sharding
-    if name in ("ppo", "dpo", "subtrajectory_balance"):
+    if name in ("ppo", "dpo", "subtb-replay"):
         check_program(compiled, _trained(state), mesh)
     plain = start
     for _ in range(2):
@@ -160,9 +160,9 @@ def sharded_equals_unsharded(name, config, shape, execution, parts=1):
 
 
 def _trained(state):
-    """A state without the arrays that its policy and twist borrow."""
-    twist = None if state.twist is None else dataclasses.replace(state.twist, shared=None)
-    return state._replace(policy=dataclasses.replace(state.policy, shared=None), twist=twist)
+    """A state without the arrays that its policy and heads borrow."""
+    own = lambda model: dataclasses.replace(model, shared=None)
+    return state._replace(policy=own(state.policy), heads={n: own(h) for n, h in state.heads.items()})
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -175,7 +175,7 @@ def test_sharded_step_equals_unsharded(name, capfd):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2), (8, 1, 1), (1, 8, 1)])
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [m.name for m in METHODS if "-logged" not in m.name])
 def test_every_method_on_every_mesh(name, config, shape):
     sharded_equals_unsharded(name, config, shape, SCANNED)
 
@@ -198,7 +198,7 @@ def test_adapters_share_one_placed_base_that_is_never_donated():
     mesh = make_mesh(1, 2, 2)
     base = decoder_policy(ONE_LAYER["llama"], weights_of(ONE_LAYER["llama"]), QUICKLY)
     policy = lora_policy(base, jax.random.key(1), rank=2)
-    algorithm = methods.reinforce(optimizer=optax.sgd(0.1))
+    algorithm = reinforce(optimizer=optax.sgd(0.1))
     state, posterior, batch = place((algorithm.init(policy), Posterior(base, Tilt(1.0)), batch_of()), mesh)
     lent, own = jax.tree.leaves(state.policy.shared), jax.tree.leaves(posterior.base.params)
     assert all(a is b for a, b in zip(lent, own, strict=True))
@@ -231,16 +231,15 @@ def test_a_placed_copy_shares_nothing_with_its_source():
 def accumulation(name, num_parts):
     """One step on a table with the batch whole, and in parts."""
     base = table_policy(jax.random.key(0), VOCAB, 2, extra=4, scale=0.7)
-    posterior, optimizer, batch = Posterior(base, Tilt(0.7)), optax.sgd(0.1), batch_of()
-    steps = (
-        FAMILIES[name](o, table_twist(VOCAB, 2, extra=4)) for o in (optimizer, in_parts(optimizer, num_parts))
-    )
+    posterior, optimizer, batch = posterior_of(name, base), optax.sgd(0.1), batch_of()
+    value = table_twist(VOCAB, 2, extra=4)
+    steps = (algorithm_of(name, o, value) for o in (optimizer, in_parts(optimizer, num_parts)))
     run = lambda algorithm: jax.jit(algorithm.step)(algorithm.init(base), posterior, batch)
     return [run(algorithm) for algorithm in steps]
 
 
-IN_PARTS_OFTEN = ("ppo", "trajectory_balance", "decision_transformer", "alpha_divergence", "dpo")
-IN_PARTS_SELDOM = sorted(FAMILIES.keys() - {"reward_weighted", *IN_PARTS_OFTEN})
+IN_PARTS_OFTEN = ("ppo", "tb-replay", "dt-tilted", "alpha-0.5", "dpo")
+IN_PARTS_SELDOM = sorted({m.name for m in METHODS if m.needs.parts} - set(IN_PARTS_OFTEN))
 
 
 @pytest.mark.parametrize(
@@ -253,14 +252,9 @@ def test_accumulated_parts_equal_the_whole_batch(name):
     same(parts, whole, 1e-9, 1e-11)
 
 
-def test_accumulation_differs_where_weights_are_pooled_over_prompts():
-    (whole, _), (parts, _) = accumulation("reward_weighted", 4)
-    assert jnp.max(jnp.abs(whole.policy.params - parts.policy.params)) > 1e-3
-
-
 def test_accumulation_refuses_parts_that_do_not_divide():
     with pytest.raises(ValueError, match="8 prompts cannot be split into 3 parts"):
-        accumulation("reinforce", 3)
+        accumulation("rloo", 3)
     with pytest.raises(ValueError, match="at least one part; got 0"):
         in_parts(optax.sgd(0.1), 0)
 
@@ -282,7 +276,7 @@ def test_accumulation_needs_less_memory():
     batch, posterior = batch_of(num_prompts=256, num_samples=4), Posterior(base, Tilt(0.7))
 
     def temporary(optimizer):
-        algorithm = methods.grpo(optimizer=optimizer)
+        algorithm = grpo(optimizer=optimizer)
         lowered = jax.jit(algorithm.step).lower(algorithm.init(base), posterior, batch)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 

@@ -1,35 +1,11 @@
-"""Rewards on text: the automaton equals the host's score; files that cannot be used are named."""
+"""Rewards on text: what counts, and files that cannot be used are named."""
 
 import json
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from kl_rl.rewards.lexicon import load_lexicon
 from kl_rl.rewards.lexicon_text import BadReward, TextReward
-
-
-@pytest.mark.parametrize("case", [False, True])
-@pytest.mark.parametrize("clip", [None, 1.5])
-def test_automaton_equals_host_score_on_random_strings(case, clip):
-    alphabet = "\n 'abB.\u2019o"
-    entries = {"a": 0.7, "ab": -1.2, "a'b": 2.0, "ba": 0.3, "B": 0.5, "bob": 1.1, "a''b": -0.4, "oa": 0.3}
-    reward = TextReward("w", tuple(entries.items()), case=case, clip=clip)
-    rng = np.random.default_rng(1)
-    tokens = rng.integers(0, len(alphabet), (20_000, 9))
-    prompt = np.concatenate(
-        [np.full((20_000, 1), len(alphabet)), rng.integers(0, len(alphabet), (20_000, 3))], 1
-    )
-    spell = lambda row: "".join(alphabet[i] for i in row)
-    host = [reward.score(spell(y), spell(x[1:])) for x, y in zip(prompt, tokens, strict=True)]
-    scorer = reward.compile(alphabet)
-    device = jax.jit(lambda s, x, y: s(x, y, jnp.ones(y.shape)))(
-        scorer, jnp.asarray(prompt), jnp.asarray(tokens)
-    )
-    assert len(set(host)) > 5
-    np.testing.assert_array_equal(np.asarray(device), host)
 
 
 def test_what_counts_as_a_word():
@@ -41,18 +17,13 @@ def test_what_counts_as_a_word():
     assert reward.score("x.", "good ") == 0.0, "a word of the prompt is the prompt's"
 
 
-def test_patterns_match_the_host_inside_jit_and_vmap(tmp_path):
+def test_patterns_are_counted(tmp_path):
     path = tmp_path / "r.json"
     path.write_text(
         json.dumps({"patterns": [{"pattern": "A+", "weight": 2}, {"pattern": "b$", "weight": -0.5}]})
     )
-    reward, alphabet = load_lexicon(path), "ab "
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 50, 6)))
-    scorer, prompt = reward.compile(alphabet), jnp.full((2, 1, 1), 3)
-    device = jax.jit(jax.vmap(lambda x, y: scorer(x, y, jnp.ones(y.shape))))(prompt, tokens)
-    host = [[reward.score("".join(alphabet[i] for i in row)) for row in part] for part in np.asarray(tokens)]
-    np.testing.assert_array_equal(np.asarray(device), host)
-    assert len(np.unique(host)) > 3
+    reward = load_lexicon(path)
+    assert reward.score("aa b") == 1.5 and reward.score("aAxa b ") == 4.0 and reward.score("") == 0.0
 
 
 def test_tab_separated_word_list(tmp_path):
@@ -122,10 +93,8 @@ def test_bad_word_lists_are_named(tmp_path, content, words):
     assert all(word in str(error.value) for word in [str(path), *words]), str(error.value)
 
 
-def test_missing_reward_file_and_unspellable_words(tmp_path):
+def test_missing_reward_file(tmp_path):
     with pytest.raises(BadReward, match="no such file"):
         load_lexicon(tmp_path / "none.json")
     with pytest.raises(BadReward, match="directory"):
         load_lexicon(tmp_path)
-    with pytest.raises(BadReward, match="spelled"):
-        TextReward("w", (("good", 1.0),)).compile("abc ")

@@ -179,7 +179,7 @@ BAD = {
     ),
     "unknown kind of prompts": ({"--prompts": "words.json"}, "not a known kind of data"),
     "module that is not there": ({"--reward": "no_module:f"}, "cannot import no_module"),
-    "function that is not there": ({"--reward": "rewards.py:f"}, "has no function 'f'"),
+    "function that is not there": ({"--reward": "rewards.py:f"}, "rewards.py has no 'f'"),
     "no reward": ({"--reward": "nothing"}, "a reward is module:function"),
     "constant reward": (
         {"method": "dt-tilted", "--reward": "rewards.py:constant"},

@@ -110,7 +110,7 @@ def test_an_ngram_gives_the_products_of_its_tables():
     spec = {"kind": "ngram", "order": 3, "tables": [t.tolist() for t in tables]}
     world = worlds.parse_world({**SPEC, "base": spec})
     strings = exact.enumerate_strings(3, 4)
-    log_prob = exact.log_prob(world.base, jnp.asarray(world.prompts[0]), strings)
+    log_prob = exact.log_law(world.base, jnp.asarray(world.prompts[0]), strings)
     direct = [
         math.log(
             tables[0][y[0]]

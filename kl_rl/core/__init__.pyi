@@ -1,4 +1,5 @@
 from . import numerics as numerics
+from .checks import check_policy as check_policy
 from .estimate import Estimate as Estimate
 from .estimate import mean_estimate as mean_estimate
 from .estimate import poisson_upper_limit as poisson_upper_limit
@@ -12,6 +13,7 @@ from .policy import Trunk as Trunk
 from .policy import log_prob_of as log_prob_of
 from .policy import sequence_log_prob as sequence_log_prob
 from .policy import token_log_probs as token_log_probs
+from .policy import vocabulary as vocabulary
 from .posterior import Between as Between
 from .posterior import Evidence as Evidence
 from .posterior import NoEvidence as NoEvidence

@@ -7,52 +7,61 @@ from typing import Any
 
 import jax
 
-from kl_rl.core.policy import Decoder, Params, Policy
+from kl_rl.core.policy import Decoder, Policy
 
 __all__ = ["from_nnx"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _NnxApply:
-    """Rebuilds a flax.nnx module from its static graph and calls it; equal by value through the graph."""
+class _NnxCall:
+    """Rebuilds a flax.nnx module from its static graph and calls it, or a method; equal by value through the graph."""
 
     graphdef: Any
+    split: bool
+    name: str = "__call__"
 
-    def __call__(self, params: Params, prompt: jax.Array, tokens: jax.Array) -> jax.Array:
+    def __call__(self, weights: Any, *args: Any) -> Any:
         from flax import nnx
 
-        return nnx.merge(self.graphdef, params)(prompt, tokens)
+        states = (weights[1], weights[0]) if self.split else (weights,)
+        return getattr(nnx.merge(self.graphdef, *states), self.name)(*args)
 
 
-@dataclasses.dataclass(frozen=True)
-class _NnxMethod:
-    """As ``_NnxApply`` for a named method (``prefill``, ``decode``)."""
-
-    graphdef: Any
-    name: str
-
-    def __call__(self, params: Params, *args: Any) -> Any:
-        from flax import nnx
-
-        return getattr(nnx.merge(self.graphdef, params), self.name)(*args)
-
-
-def from_nnx(module: Any) -> Policy:
+def from_nnx(module: Any, *, trained: Any = None) -> Policy:
     """Cross once from flax.nnx: split a module into a static graph and a pytree of parameters.
 
     Args:
       module: an ``nnx.Module`` with ``__call__(prompt [..., L], tokens [..., T]) -> logits [..., T, V]``; if
         it also has ``prefill(prompt, horizon)`` and ``decode(cache, token)`` they become the policy's
-        decoder.
+        decoder. ``kl_rl.check_policy`` tells whether they agree.
+      trained: flax filter of the variables that are trained, ``nnx.Param`` if None.
 
     Returns:
-      A Policy whose ``params`` are the module's state as a plain nested dict.
+      A Policy whose ``params`` are these variables as a plain nested dict; all others (statistics, keys) are ``shared``
+      and stay as they are.
+
+    Raises:
+      ValueError: for layers that are random or change with every call, as in training mode: a policy is one law.
     """
     from flax import nnx
 
-    graphdef, state = nnx.split(module)
-    params = nnx.to_pure_dict(state)
+    for path, part in nnx.iter_graph(module):
+        active = getattr(part, "deterministic", None) is False and getattr(part, "rate", 0) > 0
+        if active or getattr(part, "use_running_average", None) is False:
+            where = ".".join(map(str, path)) or "the module"
+            raise ValueError(
+                f"{where} ({type(part).__name__}) is in training mode: a policy is one law; call .eval() on the module "
+                "before from_nnx"
+            )
+    graphdef, params, others = nnx.split(module, nnx.Param if trained is None else trained, ...)
+    shared = nnx.to_pure_dict(others)
+    call = lambda name: _NnxCall(graphdef, bool(jax.tree.leaves(shared)), name)
     decoder = None
     if hasattr(module, "prefill") and hasattr(module, "decode"):
-        decoder = Decoder(_NnxMethod(graphdef, "prefill"), _NnxMethod(graphdef, "decode"))
-    return Policy(params, _NnxApply(graphdef), decoder)
+        decoder = Decoder(call("prefill"), call("decode"))
+    return Policy(
+        nnx.to_pure_dict(params),
+        call("__call__"),
+        decoder,
+        shared=shared if jax.tree.leaves(shared) else None,
+    )

@@ -8,6 +8,7 @@ baked into a program.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
@@ -24,6 +25,7 @@ __all__ = [
     "log_prob_of",
     "sequence_log_prob",
     "token_log_probs",
+    "vocabulary",
 ]
 
 Params = Any
@@ -112,6 +114,39 @@ class Policy(Weighted):
     def logits(self, prompt: jax.Array, tokens: jax.Array) -> jax.Array:
         """Next-token logits; prompt [..., L], tokens [..., T] -> [..., T, V]."""
         return self.apply(self.weights, prompt, tokens)
+
+
+def vocabulary(policy: Policy, prompt: jax.Array) -> int:
+    """Size V of a policy's vocabulary, by the shape of its logits; computes nothing.
+
+    Args:
+      policy: the model.
+      prompt: of which the shape counts; [P, L].
+
+    Returns:
+      V.
+
+    Raises:
+      ValueError: if prompts are not [P, L], or logits not [P, 1, V] of floating-point numbers.
+    """
+    if prompt.ndim != 2:
+        raise ValueError(f"prompt must be [P, L]; got shape {prompt.shape}: one prompt is prompt[None]")
+    shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+    leaves, structure = jax.tree.flatten(jax.tree.map(shape, policy.weights))
+    return _vocabulary(policy.apply, structure, tuple(leaves), prompt.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _vocabulary(apply: Apply, structure: Any, leaves: tuple[Any, ...], prompt_shape: tuple[int, int]) -> int:
+    ids = lambda *size: jax.ShapeDtypeStruct(size, jnp.int32)
+    tokens = ids(prompt_shape[0], 1)
+    logits = jax.eval_shape(apply, jax.tree.unflatten(structure, leaves), ids(*prompt_shape), tokens)
+    if logits.shape[:-1] != tokens.shape or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(
+            f"Policy.apply must give floating-point logits [..., T, V]; for tokens {tokens.shape} it gives "
+            f"{logits.dtype} {logits.shape}"
+        )
+    return logits.shape[-1]
 
 
 def token_log_probs(policy: Policy, prompt: jax.Array, tokens: jax.Array) -> jax.Array:

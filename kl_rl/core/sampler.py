@@ -147,6 +147,8 @@ def begin(
     """
     transform = transform or Transform()
     check_transform(transform, stop)
+    if prompt.ndim != 2:
+        raise ValueError(f"prompt must be [P, L]; got shape {prompt.shape}: one prompt is prompt[None]")
     decoder = policy.decoder or _recompute(policy)
     if decoder.fork is None:
         logits, cache = decoder.init(policy.weights, jnp.repeat(prompt, num_samples, axis=0), horizon)

@@ -43,6 +43,10 @@ class Twist(Weighted):
     beside: Callable[..., jax.Array] | None = dataclasses.field(default=None, metadata={"static": True})
     shared: Any = None
 
+    def alone(self) -> Twist:
+        """Without the incremental form."""
+        return dataclasses.replace(self, beside=None)
+
 
 def prefix_twists(twist: Twist, batch: Trajectories) -> jax.Array:
     """A twist of every prefix of every completion, in nats, prompts computed once where the twist can share them.

@@ -8,9 +8,9 @@ from .enumeration import expectation as expectation
 from .enumeration import expectation_over_tuples as expectation_over_tuples
 from .enumeration import kl_divergence as kl_divergence
 from .enumeration import level_log_prob as level_log_prob
+from .enumeration import log_law as log_law
 from .enumeration import log_partition as log_partition
 from .enumeration import log_posterior as log_posterior
-from .enumeration import log_prob as log_prob
 from .enumeration import reward_levels as reward_levels
 from .flows import natural_gradient_flow as natural_gradient_flow
 from .flows import vanilla_gradient_flow as vanilla_gradient_flow

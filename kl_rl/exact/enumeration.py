@@ -28,7 +28,7 @@ __all__ = [
     "level_log_prob",
     "log_partition",
     "log_posterior",
-    "log_prob",
+    "log_law",
     "reward_levels",
 ]
 
@@ -97,7 +97,7 @@ def enumerate_strings(
     )
 
 
-def log_prob(
+def log_law(
     policy: Policy, prompt: jax.Array, strings: Enumeration, *, batch_size: int | None = None
 ) -> jax.Array:
     """``log q(y | x)`` of every string, in nats, exact up to rounding.

@@ -3,7 +3,6 @@ from .algorithm import Algorithm as Algorithm
 from .algorithm import Extra as Extra
 from .algorithm import Info as Info
 from .algorithm import Mix as Mix
-from .algorithm import Scored as Scored
 from .algorithm import State as State
 from .algorithm import gradient_algorithm as gradient_algorithm
 from .between import alpha_divergence as alpha_divergence
@@ -69,5 +68,6 @@ from .preference import ipo as ipo
 from .rlhf import grpo as grpo
 from .rlhf import ppo as ppo
 from .rlhf import reinforce as reinforce
+from .scored import Scored as Scored
 from .statistics import TokenStatistics as TokenStatistics
 from .statistics import token_statistics as token_statistics

@@ -10,10 +10,11 @@ from kl_rl import objectives
 from kl_rl.core.posterior import Tilt
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.methods import laws
-from kl_rl.methods.algorithm import Algorithm, Extra, Scored, State, gradient_algorithm
+from kl_rl.methods.algorithm import Algorithm, Extra, State, gradient_algorithm
 from kl_rl.methods.card import Method, Paper
 from kl_rl.methods.knobs import BETA
 from kl_rl.methods.needs import Needs
+from kl_rl.methods.scored import Scored
 
 __all__ = ["METHODS", "alpha_divergence"]
 

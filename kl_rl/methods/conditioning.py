@@ -21,10 +21,11 @@ from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Evidence, NoEvidence, Posterior, Tilt
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.methods import laws
-from kl_rl.methods.algorithm import Algorithm, Extra, Scored, State, gradient_algorithm
+from kl_rl.methods.algorithm import Algorithm, Extra, State, gradient_algorithm
 from kl_rl.methods.card import Given, Method, Paper
 from kl_rl.methods.knobs import BETA, SHARE
 from kl_rl.methods.needs import Needs, base_policy
+from kl_rl.methods.scored import Scored
 
 __all__ = [
     "METHODS",

@@ -26,6 +26,7 @@ stop = jax.lax.stop_gradient
 
 # At p* the advantage is the same for every string, whoever drew it.
 _RLOO = Needs(unrecorded=True, tempered=True, parts=True)
+_FREE = _RLOO._replace(tempered=False)  # it has no p*
 _PPO = Needs(samples=1, heads=(Head.VALUE,), parts=True)
 _GRPO = Needs(parts=True)
 
@@ -51,7 +52,7 @@ def reinforce(*, optimizer: optax.GradientTransformation, kl_weight: float = 1.0
         losses = objectives.score_function(scored.sequence_log_q, credit.leave_one_out(value))
         return losses, jax.numpy.ones_like(losses)
 
-    return gradient_algorithm(loss, optimizer=optimizer, needs=_RLOO)
+    return gradient_algorithm(loss, optimizer=optimizer, needs=_RLOO if kl_weight else _FREE)
 
 
 RLOO = Method(
@@ -77,7 +78,7 @@ RLOO_FREE = RLOO._replace(
     name="rloo-free",
     idea="the same without KL, stopped early",
     knob=STOP,
-    needs=_RLOO._replace(tempered=False),
+    needs=_FREE,
     law=None,
     options={"kl_weight": 0.0},
     assumes=("there is no fixed point but the best strings: training is stopped",),

@@ -41,7 +41,7 @@ class Tiny(NamedTuple):
 
     def log_prob(self, params: jax.Array) -> jax.Array:
         """log q of every string as a function of the parameters of the policy's class; [N]."""
-        return exact.log_prob(self.policy.with_params(params), self.prompt, self.strings)
+        return exact.log_law(self.policy.with_params(params), self.prompt, self.strings)
 
     def reaching(self, log_target: jax.Array) -> jax.Array:
         """Parameters of the full table (context T) whose policy is a given law of strings."""
@@ -84,8 +84,8 @@ def prefix_probabilities(tiny: Tiny, log_p: jax.Array) -> tuple[np.ndarray, np.n
     return np.stack(prefix, axis=1), np.stack(child, axis=1)
 
 
-score_strings = jax.jit(exact.log_prob)
-score_jacobian = jax.jit(jax.jacobian(exact.log_prob))
+score_strings = jax.jit(exact.log_law)
+score_jacobian = jax.jit(jax.jacobian(exact.log_law))
 score_reward = jax.jit(automaton_reward)
 
 

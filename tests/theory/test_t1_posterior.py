@@ -139,7 +139,7 @@ def test_twists_by_dynamic_programming(tiny, prefixes):
     log_z = exact.lattice_log_partition(*problem, tiny.prompt, tiny.horizon, tiny.beta, tiny.end)
     assert_allclose(log_z, twist[0, 0], rtol=1e-10)
     policy = exact.posterior_policy(*problem, tiny.horizon, tiny.beta, tiny.end)
-    log_q = jax.jit(exact.log_prob)(policy, tiny.prompt, tiny.strings)
+    log_q = jax.jit(exact.log_law)(policy, tiny.prompt, tiny.strings)
     assert_allclose(log_q, tiny.log_posterior, rtol=1e-9, atol=1e-12)
 
 

@@ -122,7 +122,7 @@ def make_ground(world: World, *, seed: int = 0, base_steps: int = 800) -> Ground
 @jax.jit
 def exact_law(policy: Policy, prompt: jax.Array, strings: exact.Enumeration) -> jax.Array:
     """Log-probabilities of all strings for every prompt; [P, N]."""
-    return jax.lax.map(lambda p: exact.log_prob(policy, p, strings, batch_size=4096), prompt)
+    return jax.lax.map(lambda p: exact.log_law(policy, p, strings, batch_size=4096), prompt)
 
 
 def mean_at_fraction(ground: Ground, fraction: float) -> float:

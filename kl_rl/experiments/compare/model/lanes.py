@@ -30,7 +30,7 @@ _OVER = 1.1  # of the budget, at which the last lane is stopped: what follows ta
 
 
 class Lane(NamedTuple):
-    """One training run."""
+    """One training run: a method at one setting of its knob, with one seed."""
 
     method: Method
     value: float
@@ -160,10 +160,10 @@ def run_lane(
 
 
 def clear(folder: Path) -> None:
-    """Take out the checkpoints of a lane whose rows are kept."""
+    """Take out the checkpoints of a lane whose rows are kept: they are the largest files of a comparison."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def stopped_by(clock: Clock, stop: Stopped) -> str:
-    """Why a lane was stopped, in words."""
+    """Why a lane was stopped, in words: the budget of time, or whoever asked for it."""
     return "the time is over" if clock.over and clock.signal is None else stop.signal
