@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from training_world import FILES, contents, make_world
+from training_world import FILES, contents, knob_of, make_world
 
 from kl_rl.cli import main
 from kl_rl.sharding.processes import Group, agreed, is_first, join, named, share, summed, whole
@@ -22,7 +22,7 @@ from kl_rl.storage.checkpoint import Checkpoints
 MESH = ("--mesh", "data=2,fsdp=2")
 SIZE = (
     "--steps", 4, "--batch", 4, "--num-samples", 4, "--horizon", 6, "--held-out", 2, "--eval-every", 2,
-    "--eval-samples", 4, "--lr", 0.01, "--beta", 0.5, "--save-every", 1, "--no-png", "--quiet",
+    "--eval-samples", 4, "--lr", 0.01, "--save-every", 1, "--no-png", "--quiet",
 )  # fmt: skip
 
 PRIMITIVES = """
@@ -176,8 +176,9 @@ def world(tmp_path_factory):
 
 
 def arguments(world, method, out, *more):
-    data = ("--base", world.base, "--prompts", world.prompts, "--reward", world.reward, "--n", 2)
-    return ("train", method, *data, *SIZE, *MESH, "--out", out, *more)
+    data = ("--base", world.base, "--prompts", world.prompts, "--reward", world.reward)
+    knob = (part for name, value in knob_of(method).items() for part in (f"--{name}", value))
+    return ("train", method, *data, *knob, *SIZE, *MESH, "--out", out, *more)
 
 
 def two(world, method, out, *more):

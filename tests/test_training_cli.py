@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from training_world import contents, make_world
+from training_world import contents, knob_of, make_world
 
 from kl_rl.cli.progress import live_progress
 
@@ -36,7 +36,8 @@ def world(tmp_path_factory):
 def train_command(world, out, method="rlhf", *more):
     return (
         "train", method, "--base", world.base, "--prompts", world.prompts, "--reward", world.reward,
-        "--beta", 0.5, "--n", 2, "--out", out, *SIZE, "--save-every", 1, *more,
+        *(part for name, value in knob_of(method).items() for part in (f"--{name}", value)),
+        "--out", out, *SIZE, "--save-every", 1, *more,
     )  # fmt: skip
 
 
@@ -234,6 +235,13 @@ BAD = {
         {"method": "grpo", "--temperature": "0.7"},
         "grpo takes its samples as they are drawn: another --temperature than 1 would move what it learns",
     ),
+    "knob of another": ({"--n": "3"}, "--n is not for rloo, which is set by --beta"),
+    "no option": ({"--set": "klip=1"}, "'klip=1' is no option; options of rloo: kl_weight=1.0"),
+    "option of another type": (
+        {"method": "ppo", "--set": "epochs=1.5"},
+        "epochs is a whole number; got '1.5'; options of ppo: clip=0.2, decay=0.95, value_weight=0.5, epochs=2",
+    ),
+    "values": ({"--twist": "head"}, "--twist head: rloo has no values, which it would be for"),
     "threshold": ({"method": "filter"}, "needs --threshold"),
     "steps": ({"--steps": "-1"}, "--steps must be at least 1"),
     "reward raises": ({"--reward": "rewards.py:raises"}, "raised KeyError: 'nothing' for prompt '"),

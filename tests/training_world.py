@@ -15,6 +15,14 @@ SENTENCES = ("the sun is up ", "a rain fell on e ", "so it was a day ", "and a s
 FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "model/model.safetensors")
 
 
+def knob_of(method: str) -> dict[str, float]:
+    """The option that says how far a method goes, and where it stands in the tests."""
+    from kl_rl.methods import method_named
+
+    knob = method_named(method).knob
+    return {} if knob is None or knob.default is None else {knob.option: {"beta": 0.5, "n": 2.0}[knob.option]}
+
+
 class World(NamedTuple):
     """Paths of a small problem."""
 

@@ -1,4 +1,4 @@
-"""The command ``kl-rl``: compare, exact, measure, pretrain, train, sample, plan."""
+"""The command ``kl-rl``: compare, methods, exact, measure, pretrain, train, sample, plan."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ DESCRIPTION = """\
 Fine-tuning as KL-regularized posterior inference: what did it do to the model?
 
   kl-rl compare               fine-tune one base model by every family of methods and say what each lost
+  kl-rl methods [NAME]        what is known about each method: formula, fixed point, what it costs, paper
   kl-rl exact W.json --beta 1 exact posterior of a small world
   kl-rl measure samples.jsonl calibration loss of anybody's fine-tune, from log-probabilities alone
   kl-rl pretrain --text F     a small byte model from a text
@@ -28,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name in ("compare", "exact", "measure", "pretrain", "train", "sample", "plan"):
+    for name in ("compare", "methods", "exact", "measure", "pretrain", "train", "sample", "plan"):
         importlib.import_module(f"kl_rl.cli.{name}").add_parser(subparsers)
     return parser
 

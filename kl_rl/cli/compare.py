@@ -194,12 +194,11 @@ def _run_model(args: argparse.Namespace, folder: Path, progress: Progress) -> di
     from kl_rl.experiments.compare import main
     from kl_rl.experiments.compare.model import collect_model, compare_on_model
     from kl_rl.experiments.compare.model.lanes import Clock
-    from kl_rl.experiments.compare.model.text import DEFAULT_METHODS
     from kl_rl.huggingface.opened import model_folder
-    from kl_rl.methods import methods_named
+    from kl_rl.methods import methods_named, representatives
     from kl_rl.storage.fingerprint import fingerprint
 
-    methods = methods_named(args.methods or DEFAULT_METHODS)
+    methods = methods_named(args.methods) if args.methods else representatives()
     asked: dict[str, Any] = {"command": "compare", "methods": [m.name for m in methods]}
     files = {name: getattr(args, name) for name in ("prompts", "reward", "text") if getattr(args, name)}
     inputs = {name: fingerprint(file) for name, file in files.items()}

@@ -46,7 +46,7 @@ def add_parser(subparsers: Subparsers) -> None:
     model.add_argument("--base", metavar="DIR", help="Hugging Face folder, hub name, or output of a run")
     add("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:4x4, v5p:2x2x4, v6e:4x4, ..., or cpu:8")
     add("--mesh", metavar="AXIS=N,...", help="sizes of data, fsdp and tensor (default: all devices on fsdp)")
-    add("--method", default="rloo", metavar="NAME", help="as for `kl-rl train` (default: rloo)")
+    add("--method", default="rlhf", metavar="NAME", help="as for `kl-rl train` (default: rlhf)")
     add("--batch", type=int, metavar="P", help="prompts per step, all devices (default: 64)")
     add("--prompt-length", type=int, metavar="L", help="tokens of a prompt (default: 512)")
     add("--horizon", type=int, metavar="T", help="new tokens (default: 512)")

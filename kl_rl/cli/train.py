@@ -1,4 +1,4 @@
-"""``kl-rl train``: fine-tune a language model by any method of the catalogue, in a run that survives."""
+"""``kl-rl train``: fine-tune a language model by any method, in a run that survives."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ with the same weights and the same files, bit for bit. Measures on held-out prom
 (calibration loss C, with P and S).
 """
 EXAMPLES = """\
-methods: rlhf (= rloo), ppo, grpo, best-of-n, filter, reward-weighted, decision-transformer, trajectory-balance,
-  vargrad, path-consistency, dpo, ipo, ... and all names of `kl-rl compare --methods`; an unknown name lists them
+methods: `kl-rl methods` lists them, with knob and options of each; a family (rlhf, imitation, ...) stands for its
+  first; module:NAME or file.py:NAME is a card of your own
 rewards: module:function or file.py:function, called as function(prompt, completion) -> number (prompt.messages is the
   conversation, if the prompt was given as messages); a word list or patterns (.json); lines of token, tab, valence
   (.tsv, .txt; weights are rounded to halves); a Hugging Face folder: a reward model (sequence classification with one
@@ -33,14 +33,16 @@ rewards: module:function or file.py:function, called as function(prompt, complet
   conversations
 prompts: .jsonl or .parquet with a field "prompt" (or "messages", "prompt_tokens"); .txt: a prompt on each line, or
   pieces of --prompt-length tokens
-data: .jsonl or .parquet; for dpo and ipo comparisons (prompt, chosen, rejected), else completions with rewards (prompt,
-  completion or completions, reward or rewards; for rwr log_behaviour; for vargrad and best-of-n as many for each
-  prompt). Some of their prompts are held out; --reward is what their rewards are, and scores the samples measured
+data: .jsonl or .parquet; for methods of preference comparisons (prompt, chosen, rejected), else completions with
+  rewards (prompt, completion or completions, reward or rewards; log_behaviour where the method needs it; as many for
+  each prompt where it compares them). Some of their prompts are held out; --reward is what their rewards are, and
+  scores the samples measured
 
 examples:
   kl-rl train rlhf --base runs/base --prompts lines.txt --reward words.json --beta 0.5 --out runs/rlhf
   kl-rl train dpo --base runs/base --data pairs.jsonl --reward reward_model/ --beta 0.1 --out runs/dpo
   kl-rl train best-of-n --n 4 --base runs/base --prompts p.jsonl --reward rewards.py:politeness --out runs/bon
+  kl-rl train ppo --set clip=0.1 epochs=4 --base runs/base --prompts p.jsonl --reward words.json --out runs/ppo
   kl-rl train rlhf --base models/qwen --lora 16 --prompts p.jsonl --reward m:f --beta 0.1 --out runs/q --resume
   srun kl-rl train rlhf --distributed --mesh fsdp=16 --base models/qwen ... --out /shared/run   # a process on each host
 
@@ -52,9 +54,20 @@ evaluations.jsonl is about the policy, on held-out prompts: kl, P, S, C, C_fwd, 
 SIGTERM and Ctrl-C: the step is finished and saved, exit status 143 or 130; --resume goes on.
 """
 OPTIONS: tuple[tuple[str, Any, str, str], ...] = (
-    ("n", float, "N", "draws of best-of-n and expert iteration (default 4)"),
-    ("threshold", float, "R", "filter: least reward of a sample that is imitated"),
-    ("fraction", float, "F", "dt-quantile: share of the base's samples that is kept (default 0.1)"),
+    (
+        "beta",
+        float,
+        "B",
+        "knob of most methods: reward units per nat (default 1); `kl-rl methods` tells whose",
+    ),
+    ("n", float, "N", "knob of others: draws of which the best is kept (default 4)"),
+    ("threshold", float, "R", "knob of others: least reward of a sample that is imitated"),
+    (
+        "fraction",
+        float,
+        "F",
+        "knob of others: upper share of the base's samples that is imitated (default 0.1)",
+    ),
     ("prompt-length", int, "L", "cut a .txt file into prompts of L tokens"),
     ("num-prompts", int, "N", "use at most N prompts, spread over the file"),
     ("steps", int, "N", "training steps (default 200)"),
@@ -90,12 +103,17 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--prompts", metavar="FILE", help="to draw completions of; see below")
     parser.add_argument("--data", metavar="FILE", help="to learn from instead of drawing; see below")
     parser.add_argument("--reward", metavar="R", required=True, help="see below")
-    parser.add_argument(
-        "--beta", type=float, default=1.0, metavar="B", help="reward units per nat (default 1)"
-    )
     parser.add_argument("--out", metavar="DIR", required=True, help="output folder")
+    parser.add_argument(
+        "--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[], dest="options",
+        help="options of the method, such as clip=0.1 epochs=4; an unknown one lists them",
+    )  # fmt: skip
     for name, kind, metavar, text in OPTIONS:
         parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+    parser.add_argument(
+        "--twist", choices=("head", "trunk"), help="values (critics, state flows): a head on the base, or a network of "
+        "their own (default; beside an adapter: a head)",
+    )  # fmt: skip
     parser.add_argument(
         "--mesh", metavar="AXES", default="",
         help="devices, such as data=2,fsdp=4,tensor=1; on a CPU data=N gives each of N cores its own rows",
@@ -143,7 +161,12 @@ def _settings(args: argparse.Namespace) -> Any:
     from kl_rl.runs.settings import Learning, Saving, Settings, Sizes, Task
 
     steps = args.steps or Sizes.steps
-    given = {**vars(args), "learning_rate": args.lr, "mesh": _mesh_axes(args.mesh)}
+    given = {
+        **vars(args),
+        "learning_rate": args.lr,
+        "mesh": _mesh_axes(args.mesh),
+        "options": tuple(args.options),
+    }
     given["eval_every"] = max(1, steps // 4) if args.eval_every is None else args.eval_every
     given["save_every"] = max(1, steps // 10) if args.save_every is None else args.save_every
 

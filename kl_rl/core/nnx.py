@@ -53,7 +53,7 @@ def from_nnx(module: Any, *, trained: Any = None) -> Policy:
                 f"{where} ({type(part).__name__}) is in training mode: a policy is one law; call .eval() on the module "
                 "before from_nnx"
             )
-    graphdef, params, others = nnx.split(module, nnx.Param if trained is None else trained, ...)
+    graphdef, params, others = nnx.split(module, nnx.Param if trained is None else trained, ...)  # type: ignore[misc]
     shared = nnx.to_pure_dict(others)
     call = lambda name: _NnxCall(graphdef, bool(jax.tree.leaves(shared)), name)
     decoder = None

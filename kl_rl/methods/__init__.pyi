@@ -15,6 +15,7 @@ from .card import parsed_options as parsed_options
 from .catalogue import METHODS as METHODS
 from .catalogue import method_named as method_named
 from .catalogue import methods_named as methods_named
+from .catalogue import representatives as representatives
 from .conditioning import ReturnCounts as ReturnCounts
 from .conditioning import decision_transformer as decision_transformer
 from .conditioning import greatest_return as greatest_return

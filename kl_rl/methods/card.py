@@ -101,26 +101,30 @@ def options_of(method: Method) -> dict[str, Any]:
       method: the card.
 
     Returns:
-      Name -> value; not the knob, nor what a run gives.
+      Name -> value, None where a run decides; not the knob, nor what a run gives.
     """
     found: dict[str, Any] = {}
+    built_with = inspect.signature(method.build, eval_str=False).parameters
     for name, parameter in inspect.signature(method.function, eval_str=False).parameters.items():
         kind = str(parameter.annotation)
         if not any(number in kind for number in ("float", "int", "bool")) or name == "first_token":
             continue
         if method.knob is not None and name == method.knob.option:
             continue
-        if name in method.options or parameter.default is not inspect.Parameter.empty:
-            found[name] = method.options.get(name, parameter.default)
+        built = built_with.get(name)
+        default = parameter.default if built is None else built.default
+        if name in method.options or default is not inspect.Parameter.empty:
+            found[name] = method.options.get(name, default)
     return found
 
 
-def _read(name: str, text: str, like: Any) -> Any:
-    if isinstance(like, bool):
+def _read(method: Method, name: str, text: str) -> Any:
+    kind = str(inspect.signature(method.function, eval_str=False).parameters[name].annotation)
+    if "bool" in kind:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{name} is true or false; got {text!r}")
         return text.lower() == "true"
-    whole = isinstance(like, int)
+    whole = "float" not in kind
     try:
         return int(text) if whole else float(text)
     except ValueError:
@@ -149,7 +153,7 @@ def parsed_options(method: Method, texts: Sequence[str]) -> dict[str, Any]:
             wrong = "is given twice" if name in chosen else "is no option" if sign else "is not NAME=VALUE"
             raise ValueError(f"{text!r} {wrong}; options of {method.name}: {listed}")
         try:
-            chosen[name] = _read(name, value, known[name])
+            chosen[name] = _read(method, name, value)
         except ValueError as error:
             raise ValueError(f"{error}; options of {method.name}: {listed}") from None
     return chosen

@@ -9,7 +9,7 @@ from kl_rl.core.named import object_named
 from kl_rl.methods import between, conditioning, imitation, off_policy, preference, rlhf
 from kl_rl.methods.card import Method
 
-__all__ = ["METHODS", "method_named", "methods_named"]
+__all__ = ["METHODS", "method_named", "methods_named", "representatives"]
 
 METHODS: tuple[Method, ...] = (
     *rlhf.METHODS,
@@ -19,6 +19,13 @@ METHODS: tuple[Method, ...] = (
     *between.METHODS,
     *preference.METHODS,
 )
+
+
+def representatives() -> tuple[Method, ...]:
+    """The first card of each family, and those that nothing but early stopping holds back."""
+    first = {method.family: method for method in reversed(METHODS)}
+    stopped = lambda method: method.knob is not None and method.knob.stops
+    return tuple(method for method in METHODS if method is first[method.family] or stopped(method))
 
 
 def _own(spec: str) -> Method:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kl_rl import objectives
@@ -115,7 +116,9 @@ RWR = Method(
         venue="International Conference on Machine Learning",
     ),
 )
-RWR_LOGGED = RWR._replace(name="rwr-logged", idea="the same from a fixed data set", memory=logged())
+RWR_LOGGED = RWR._replace(
+    name="rwr-logged", idea="reward-weighted imitation of a fixed data set", memory=logged()
+)
 
 
 def _draws_needed(n: jax.Array | float) -> int:
@@ -212,6 +215,11 @@ def expert_iteration(
     )
 
 
+def _thrice(log_base: np.ndarray, reward: np.ndarray, n: float) -> np.ndarray:
+    """Best of n^3: ``F^n`` three times over."""
+    return laws.best_of_n(log_base, reward, n**_ROUNDS)
+
+
 EXPERT_ITERATION = Method(
     name="expert-iteration",
     family="imitation",
@@ -223,7 +231,7 @@ EXPERT_ITERATION = Method(
     evidence=lambda n: NoEvidence(),
     knob=DRAWS,
     needs=_EXPERT,
-    law=lambda log_base, reward, n: laws.best_of_n(log_base, reward, n**_ROUNDS),  # F^n, three times over
+    law=_thrice,
     assumes=("every round is fitted exactly", "the student starts at p0"),
     theorems=("T1.7",),
     paper=Paper(

@@ -65,8 +65,8 @@ DPO = Method(
 def ipo(*, optimizer: optax.GradientTransformation) -> Algorithm:
     """Identity preference optimization (Azar et al. 2023, arXiv 2310.12036), sums over tokens.
 
-    Fixed point with full coverage by pairs of p0: ``p0 exp(w / beta)`` with ``w(y) = P(y beats a sample of
-      p0)``, a function of r, so C = 0; 1/beta in nats.
+    Fixed point with full coverage by pairs of p0: ``p0 exp(w / beta)`` with ``w(y) = P(y beats a sample of p0)``, a
+    function of r, so C = 0; 1/beta in nats.
 
     Args:
       optimizer: for the policy.

@@ -34,10 +34,9 @@ _GRPO = Needs(parts=True)
 def reinforce(*, optimizer: optax.GradientTransformation, kl_weight: float = 1.0) -> Algorithm:
     """REINFORCE with leave-one-out baseline (RLOO; Ahmadian et al. 2024, arXiv 2402.14740).
 
-    Advantage: leave-one-out of ``r/beta - kl_weight (log q - log p0)``. Fixed point: p*_beta (at kl_weight 1,
-      in a class that holds it).
-    With ``kl_weight = 0`` nothing but early stopping holds the policy back, and the fixed point is the set of
-    maximizers of r.
+    The advantage is the leave-one-out of ``r/beta - kl_weight (log q - log p0)``. Fixed point: p*_beta (at kl_weight 1,
+    in a class that holds it). With ``kl_weight = 0`` nothing but early stopping holds the policy back, and the fixed
+    point is the set of maximizers of r.
 
     Args:
       optimizer: for the policy.
@@ -76,7 +75,7 @@ RLOO = Method(
 )
 RLOO_FREE = RLOO._replace(
     name="rloo-free",
-    idea="the same without KL, stopped early",
+    idea="REINFORCE without KL, stopped early",
     knob=STOP,
     needs=_FREE,
     law=None,

@@ -124,13 +124,11 @@ def along_training(data: dict[str, Any]) -> bytes:
     A KL term against early stopping, exact flows and sampled learners.
     """
     figure, axes = _axes(8.6, 4.8)
-    wanted = {
-        "exact flow without KL": ("#444444", "--"),
-        "exact flow with KL": ("#444444", "-"),
-        "rloo-free": ("#c44e52", "--"),
-        "rloo": ("#c44e52", "-"),
-        "ppo": ("#dd8452", "-"),
-    }
+    wanted = {"exact flow without KL": ("#444444", "--"), "exact flow with KL": ("#444444", "-")}
+    on_policy = {r["method"]: r["knob"] == "steps" for r in data["rows"] if r["family"] == "rlhf"}
+    colours = iter(("#c44e52", "#dd8452", "#937860", "#da8bc3"))
+    for method, stopped in on_policy.items():
+        wanted[method] = (next(colours, "#999999"), "--" if stopped else "-")
     for method, (colour, style) in wanted.items():
         curves = [c for c in data["curves"] if c["method"] == method]
         for knob in sorted({c["knob_value"] for c in curves}):

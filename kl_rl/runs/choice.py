@@ -43,6 +43,10 @@ def _those(permission: str) -> str:
 def _value(method: Method, task: Task) -> float:
     """Where the knob stands."""
     knob = method.knob
+    for other in ("beta", "n", "threshold", "fraction"):
+        if getattr(task, other) is not None and (knob is None or other != knob.option):
+            has = "has no knob" if knob is None else f"is set by --{knob.option}"
+            raise TrainingError(f"--{other} is not for {method.name}, which {has}")
     if knob is None:
         return 0.0
     value = getattr(task, knob.option, None)

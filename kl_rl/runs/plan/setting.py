@@ -30,7 +30,7 @@ class Setting:
       remat: recompute activations in the backward pass.
     """
 
-    method: str = "rloo"
+    method: str = "rlhf"
     batch: int = 64
     prompt_length: int = 512
     horizon: int = 512

@@ -17,12 +17,8 @@ from kl_rl.storage.errors import TrainingError
 from kl_rl.storage.folder import write_atomically
 from kl_rl.storage.preemption import Preemption
 
-__all__ = ["DEFAULT_METHODS", "TEXT_SIZES", "TextBase", "on_text", "text_base"]
+__all__ = ["TEXT_SIZES", "TextBase", "on_text", "text_base"]
 
-DEFAULT_METHODS = (
-    "rloo", "rloo-free", "ppo", "filter", "best-of-n", "rwr", "dt-tilted", "vargrad-replay", "tb-replay",
-    "alpha-0.5", "dpo",
-)  # fmt: skip
 TEXT_SIZES = Sizes(steps=150, batch=8, num_samples=8, horizon=40, held_out=16, eval_samples=128)
 _PROMPT = 16  # bytes of a prompt
 _PROMPTS = 64
