@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import subprocess
 import sys
 import types
 
@@ -16,6 +17,7 @@ from kl_rl.data import (
     LoggedRecord,
     PromptRecord,
     Skipped,
+    TextWindows,
     load_records,
     read_jsonl,
     read_parquet,
@@ -340,3 +342,39 @@ def test_a_saved_data_set_equals_json_lines(tmp_path):
     (record, _) = load_records(f"hf:{tmp_path / 'saved'}:train", LoggedRecord).records
     (expected,) = load(tmp_path, LoggedRecord, LOGGED)
     assert record.completions == expected.completions and record.log_behaviour == expected.log_behaviour
+
+
+def test_text_windows_are_a_function_of_seed_and_step():
+    ids = np.arange(103, dtype=np.uint16)
+    windows = TextWindows(ids, 10)
+    drawn = windows.sample(5, 8, seed=1)
+    assert drawn.shape == (8, 10) and drawn.dtype == np.int32 and np.all(np.diff(drawn) == 1)
+    others = [windows.sample(6, 8, seed=1), windows.sample(5, 8, seed=2), windows.sample(1, 8, seed=5)]
+    assert not any(np.array_equal(drawn, other) for other in others)
+    starts = np.concatenate([windows.sample(s, 64, seed=0)[:, 0] for s in range(64)])
+    assert set(starts.tolist()) == set(range(94))  # the last window too
+
+
+def test_random_orders_are_fixed_for_good():
+    """A stored value: another release of NumPy must not move a resumed run to other data."""
+    windows = TextWindows(np.arange(1000, dtype=np.int32), 4)
+    assert windows.sample(7, 5, seed=3)[:, 0].tolist() == [933, 43, 973, 421, 681]
+
+
+@pytest.mark.parametrize(
+    "ids, window, message",
+    [
+        (np.zeros(3), 2, "ids must be integers"),
+        (np.zeros((2, 2), int), 2, "ids must be integers"),
+        (np.zeros(3, int), 4, "the text has 3 tokens, fewer than one window of 4"),
+        (np.zeros(3, int), 0, "window must be at least 1"),
+    ],
+)
+def test_bad_texts_are_refused(ids, window, message):
+    with pytest.raises(ValueError, match=message):
+        TextWindows(ids, window)
+
+
+def test_readers_are_imported_when_a_file_is_read():
+    code = "import sys, kl_rl.data; sys.exit(any(m in sys.modules for m in ('pyarrow', 'datasets')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,8 +14,8 @@ from kl_rl import Posterior, Tilt, Trajectories, advance, fresh, ppo, reinforce,
 from kl_rl.core.twist import prefix_twists
 from kl_rl.models import (
     Attention,
-    Decoder,
     DecoderConfig,
+    DecoderModule,
     Execution,
     FeedForward,
     count_parameters,
@@ -179,7 +179,7 @@ def test_master_weights_stay_wide_under_bf16():
 
 def test_the_nnx_module_is_the_same_model():
     config = CONFIGS["qwen3"]
-    module = Decoder(config, rngs=nnx.Rngs(0))
+    module = DecoderModule(config, rngs=nnx.Rngs(0))
     policy = module.policy()
     assert sum(x.size for x in jax.tree.leaves(policy.params)) == count_parameters(config)
     tokens = batch_of().tokens

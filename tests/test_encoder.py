@@ -12,13 +12,11 @@ from kl_rl.core.policy import Policy
 from kl_rl.core.rollouts import score
 from kl_rl.core.trajectories import check_trajectories
 from kl_rl.data import (
-    ArrayRows,
     ComparisonRecord,
     DataError,
     Encoder,
     EpisodeRecord,
     Limits,
-    Loader,
     LoggedRecord,
     PromptRecord,
     RankingRecord,
@@ -138,8 +136,7 @@ def test_behaviour_of_the_base_is_filled_by_scoring(tmp_path):
     policy = constant_policy(jax.random.key(0))
     unknown = [but(LOGGED, log_behaviour="absent"), but(LOGGED, prompt="z", log_behaviour="absent")]
     batch = encode_logged(load(tmp_path, LoggedRecord, *unknown), encoder(), assume_base=True)
-    loader = Loader(ArrayRows(batch._replace(log_behaviour=np.asarray(score(policy, batch)))), 2, seed=0)
-    filled = next(loader)
+    filled = batch._replace(log_behaviour=np.asarray(score(policy, batch)))
     expected = jax.nn.log_softmax(policy.params)[filled.tokens] * filled.mask
     np.testing.assert_allclose(filled.log_behaviour, expected, rtol=1e-12)
     assert np.all(filled.log_behaviour[filled.mask > 0] < 0)

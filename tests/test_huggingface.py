@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from kl_rl.huggingface import CheckpointError, load_checkpoint, save_checkpoint, weights_in
 from kl_rl.models.config import DecoderConfig
-from kl_rl.models.weights import weight_shapes
+from kl_rl.models.parameters import weight_shapes
 from kl_rl.tokenizer import ByteTokenizer, load_tokenizer
 
 

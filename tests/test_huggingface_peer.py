@@ -11,7 +11,7 @@ import pytest
 from kl_rl.huggingface import config_from_dict, config_to_dict, load_checkpoint, save_checkpoint
 from kl_rl.models.config import Attention, DecoderConfig, Execution, FeedForward, Norm, Rotary
 from kl_rl.models.decoder import forward
-from kl_rl.models.weights import init_weights
+from kl_rl.models.parameters import init_weights
 from kl_rl.tokenizer import ByteTokenizer
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]

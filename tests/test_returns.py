@@ -12,7 +12,7 @@ from kl_rl.core.transform import Transform
 from kl_rl.models import DecoderConfig, decoder_policy, init_weights
 from kl_rl.runs.prompts import with_place
 from kl_rl.runs.returns import deployed_policy, write_returns
-from kl_rl.storage.errors import TrainingError
+from kl_rl.storage.errors import RunError
 
 BEGIN, FIRST, RETURNS, HORIZON = 11, 12, 3, 6
 
@@ -47,7 +47,7 @@ def test_samples_are_scored_as_in_training(begin, size, deployed):
 
 
 def test_a_prompt_without_its_begin_mark_has_no_place():
-    with pytest.raises(TrainingError, match="this prompt does not begin with it"):
+    with pytest.raises(RunError, match="this prompt does not begin with it"):
         with_place([3, 4], BEGIN)
 
 

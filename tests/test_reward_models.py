@@ -16,7 +16,7 @@ from kl_rl.models import last_hidden
 from kl_rl.rewards.host import load_reward, rewards_of
 from kl_rl.rewards.values import PromptText
 from kl_rl.runs.prompts import load_prompts, reader_of
-from kl_rl.storage.errors import TrainingError
+from kl_rl.storage.errors import RunError
 from kl_rl.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent / "checkpoints" / "reward_models"
@@ -49,7 +49,7 @@ def test_a_folder_as_reward_scores_texts():
     many = rewards_of(reward, [""] * 70, (texts * 70)[:70], skip=False)  # more than are scored at once
     np.testing.assert_allclose(many, np.resize(wanted, 70), atol=1e-5)
     too_long = (["", "", ""], [texts[0], "x" * 100, texts[1]])
-    with pytest.raises(TrainingError, match="do not fit the reward model's context of 64"):
+    with pytest.raises(RunError, match="do not fit the reward model's context of 64"):
         rewards_of(reward, *too_long, skip=False)
     skipped = rewards_of(reward, *too_long, skip=True)
     np.testing.assert_allclose(skipped, [wanted[0], np.nan, wanted[1]], atol=1e-5)
@@ -168,6 +168,6 @@ def test_what_cannot_be_used_is_said(case, tmp_path):
     with pytest.raises(CheckpointError) as error:
         load_reward_model(folder)
     assert message in str(error.value) and str(folder) in str(error.value)
-    with pytest.raises(TrainingError) as error:
+    with pytest.raises(RunError) as error:
         load_reward(str(folder))
     assert message in str(error.value)

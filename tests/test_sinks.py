@@ -6,7 +6,7 @@ import types
 import pytest
 
 from kl_rl.cli.train import _run_name
-from kl_rl.storage.errors import TrainingError
+from kl_rl.storage.errors import RunError
 from kl_rl.storage.trackers import tensorboard_sink, tracking_sink
 
 
@@ -54,7 +54,7 @@ def test_a_run_keeps_its_name_and_another_has_another(tmp_path):
 
 def test_a_missing_package_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(TrainingError, match=r"pip install 'kl-rl\[wandb\]'"):
+    with pytest.raises(RunError, match=r"pip install 'kl-rl\[wandb\]'"):
         tracking_sink("wandb", "project", "run", {})
 
 

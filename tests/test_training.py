@@ -23,7 +23,7 @@ from kl_rl.rewards.values import one_by_one
 from kl_rl.runs import (
     Diverged,
     Learning,
-    PretrainPlan,
+    Pretraining,
     Saving,
     Settings,
     Sizes,
@@ -40,9 +40,9 @@ from kl_rl.runs.prompts import order_of, split_rows
 from kl_rl.runs.returns import padded_edges
 from kl_rl.runs.step import blank, decoded
 from kl_rl.storage.checkpoint import Checkpoints
-from kl_rl.storage.errors import BadRewardValue, Stopped, TrainingError
+from kl_rl.storage.errors import BadRewardValue, RunError, Stopped
 
-TINY = PretrainPlan(steps=200, width=32, layers=1, heads=2, context=40, batch=16, learning_rate=5e-3)
+TINY = Pretraining(steps=200, width=32, layers=1, heads=2, context=40, batch=16, learning_rate=5e-3)
 SIZES = Sizes(steps=4, batch=2, num_samples=4, horizon=8, held_out=2, eval_every=2, eval_samples=4)
 
 
@@ -275,7 +275,7 @@ def test_names_of_the_hub_are_bases_and_rewards(world, monkeypatch, tmp_path):
     assert rewards_of(load_reward("org/tiny"), ["a "], ["sun"], skip=False) < 0
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for use in (load_reward, model_folder):
-        with pytest.raises(TrainingError, match=r"org/tiny: no such folder; .* pip install 'kl-rl\[hf\]'"):
+        with pytest.raises(RunError, match=r"org/tiny: no such folder; .* pip install 'kl-rl\[hf\]'"):
             use("org/tiny")
 
 
@@ -354,7 +354,7 @@ def test_return_edges_lie_between_rewards_that_occur():
     assert edges.shape == (7,) and np.all(np.diff(edges[np.isfinite(edges)]) > 0)
     assert set(edges[np.isfinite(edges)]) <= {0.5, 1.5, 3.5}
     assert 3.5 in edges
-    with pytest.raises(TrainingError, match="score 3"):
+    with pytest.raises(RunError, match="score 3"):
         padded_edges(np.full(10, 3.0))
 
 

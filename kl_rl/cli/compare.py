@@ -16,7 +16,7 @@ from kl_rl.cli.parsing import Subparsers, add_command
 if TYPE_CHECKING:
     from kl_rl.experiments.compare.model.ground import Comparison
     from kl_rl.experiments.compare.model.lanes import Clock
-    from kl_rl.experiments.compare.runner import Sizes
+    from kl_rl.experiments.compare.runner import Scale
 
 __all__ = ["add_parser", "run"]
 
@@ -136,13 +136,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--resume needs --out, the folder of the run to go on with")
 
 
-def _sizes(args: argparse.Namespace) -> Sizes:
-    from kl_rl.experiments.compare.runner import Sizes
+def _sizes(args: argparse.Namespace) -> Scale:
+    from kl_rl.experiments.compare.runner import Scale
 
     plan = (
-        Sizes(seeds=8, steps=800, checkpoints=10, base_steps=2500, learning_rate=2e-3)
+        Scale(seeds=8, steps=800, checkpoints=10, base_steps=2500, learning_rate=2e-3)
         if args.full
-        else Sizes()
+        else Scale()
     )
     plan = plan._replace(seeds=args.seeds or plan.seeds, steps=args.steps or plan.steps)
     return plan._replace(checkpoints=min(plan.checkpoints, plan.steps))

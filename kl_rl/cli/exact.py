@@ -112,7 +112,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _solve(world: World, betas: Sequence[float], method: str) -> dict[str, Any]:
-    from kl_rl.worlds.truth import ENUMERATION_LIMIT, solve_by_dynamic_programming, solve_by_enumeration
+    from kl_rl.worlds.solve import (
+        ENUMERATION_LIMIT,
+        solve_by_dynamic_programming,
+        solve_by_enumeration,
+    )
 
     _check_temperatures(world, betas)
     size = world.num_strings

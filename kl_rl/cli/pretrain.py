@@ -57,14 +57,15 @@ def run(args: argparse.Namespace) -> int:
     from kl_rl.cli.allocator import retain_freed_memory
     from kl_rl.cli.cache import use_cache
     from kl_rl.cli.progress import live_progress
-    from kl_rl.cli.running import held, said_how_to_resume
+    from kl_rl.cli.running import said_how_to_resume
     from kl_rl.runs.pretrain import pretrain, read_text
-    from kl_rl.runs.settings import PretrainPlan
+    from kl_rl.runs.settings import Pretraining
     from kl_rl.storage.fingerprint import fingerprint
+    from kl_rl.storage.held import held
 
-    names = {field.name for field in dataclasses.fields(PretrainPlan)}
+    names = {field.name for field in dataclasses.fields(Pretraining)}
     given = {**vars(args), "learning_rate": args.lr}
-    plan = PretrainPlan(**{k: v for k, v in given.items() if k in names and v is not None})
+    plan = Pretraining(**{k: v for k, v in given.items() if k in names and v is not None})
     text, folder = read_text(args.text, plan.context), Path(args.out)
     retain_freed_memory()
     use_cache()

@@ -205,12 +205,13 @@ def run(args: argparse.Namespace) -> int:
     from kl_rl.cli.allocator import retain_freed_memory
     from kl_rl.cli.cache import use_cache
     from kl_rl.cli.progress import live_progress
-    from kl_rl.cli.running import held, said_how_to_resume
+    from kl_rl.cli.running import said_how_to_resume
     from kl_rl.huggingface.opened import model_folder
     from kl_rl.runs.choice import choose
     from kl_rl.runs.train import train
     from kl_rl.sharding.processes import is_first
     from kl_rl.storage.fingerprint import fingerprint
+    from kl_rl.storage.held import held
 
     settings, folder = _settings(args), Path(args.out)
     choose(settings.task, settings.sizes, settings.learning)

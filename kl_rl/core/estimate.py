@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import gammaincinv, stdtrit
 
 __all__ = ["Estimate", "mean_estimate", "poisson_upper_limit", "student_quantile"]
 
@@ -77,32 +77,20 @@ def mean_estimate(x: np.ndarray, weights: np.ndarray | None = None) -> Estimate:
 
 
 def student_quantile(probability: float, degrees: float) -> float:
-    """Quantile of Student's t for any real degrees of freedom >= 1 (Hill's expansion; exact at 1 and 2).
+    """Quantile of Student's t for any real degrees of freedom >= 1.
 
     Args:
-        probability: between 0.5 and 1.
+        probability: between 0 and 1.
         degrees: degrees of freedom.
 
     Returns:
-        The quantile (relative error below 1e-3 for degrees >= 3 and probability <= 0.999).
-
-    Reference: Abramowitz & Stegun 26.7.5.
+        The quantile.
     """
-    if degrees <= 1.0:
-        return math.tan(math.pi * (probability - 0.5))
-    if degrees <= 2.0:
-        p = 2 * probability - 1
-        return p * math.sqrt(2.0 / (1.0 - p * p)) * (2.0 / degrees)
-    z = NormalDist().inv_cdf(probability)
-    g1 = (z**3 + z) / 4
-    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    g4 = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160
-    return z + g1 / degrees + g2 / degrees**2 + g3 / degrees**3 + g4 / degrees**4
+    return float(stdtrit(max(degrees, 1.0), probability))
 
 
 def poisson_upper_limit(count: float, probability: float = 0.975) -> float:
-    """Upper confidence limit of a Poisson mean after `count` events (Wilson-Hilferty approximation).
+    """Upper confidence limit of a Poisson mean after `count` events (Garwood 1936).
 
     With no event at all and probability 0.975 it is about 3.7: the "rule of three".
 
@@ -112,9 +100,5 @@ def poisson_upper_limit(count: float, probability: float = 0.975) -> float:
 
     Returns:
         The limit.
-
-    Reference: Garwood (1936) for the exact limit; Wilson & Hilferty (1931) for the approximation.
     """
-    z = NormalDist().inv_cdf(probability)
-    n = count + 1.0
-    return n * (1.0 - 1.0 / (9.0 * n) + z / (3.0 * math.sqrt(n))) ** 3
+    return float(gammaincinv(count + 1.0, probability))

@@ -1,8 +1,7 @@
-"""Data files: prompts, logged trajectories, comparisons, rankings and episodes; and batches that can be resumed.
+"""Data files: prompts, logged trajectories, comparisons, rankings and episodes; and windows of a long text.
 
     records, skipped = load_records("logged.jsonl", LoggedRecord)
     batch = encode_logged(records, Encoder(tokenizer, Limits(context=512)))
-    loader = Loader(ArrayRows(batch), 32, seed=0)
 
 Files are checked as they are read; every complaint names file, line and field.
 """

@@ -11,7 +11,7 @@ from kl_rl.core.trajectories import Trajectories
 from kl_rl.data.encoder import Encoder
 from kl_rl.data.episodes import EpisodeRecord, Step
 from kl_rl.data.errors import DataError, Skipped, pass_over
-from kl_rl.data.padding import Completion, Example, padded_prompts
+from kl_rl.data.padding import Encoded, Example, padded_prompts
 from kl_rl.data.records import ComparisonRecord, LoggedRecord, PromptRecord, RankingRecord
 from kl_rl.data.row import Content
 
@@ -208,9 +208,7 @@ def _episode(encoder: Encoder, record: EpisodeRecord, returns: EncodeReturn, ass
         for i, step in enumerate(record.steps)
         for part in _step(encoder, f'{record.where}: field "steps"[{i}]', step, returns, assume_base)
     ]
-    joined = Completion(
-        *(tuple(x for values in column for x in values) for column in zip(*parts, strict=True))
-    )
+    joined = Encoded(*(tuple(x for values in column for x in values) for column in zip(*parts, strict=True)))
     if encoder.limits.vocab is not None and (high := max(joined.tokens)) >= encoder.limits.vocab:
         raise DataError(
             f"{record.where}: the episode has token id {high}, but the vocabulary has {encoder.limits.vocab} entries"
@@ -222,7 +220,7 @@ def _episode(encoder: Encoder, record: EpisodeRecord, returns: EncodeReturn, ass
 
 def _step(
     encoder: Encoder, where: str, step: Step, returns: EncodeReturn, assume_base: bool
-) -> list[Completion]:
+) -> list[Encoded]:
     _check_recorded(where, step.log_behaviour is not None, assume_base)
     given = [] if step.target is None else [tuple(returns(step.target))]
     if step.observation is not None:
@@ -230,6 +228,6 @@ def _step(
     action = encoder.ids(where, "action", step.action)
     log_probs = encoder.per_token(where, "action", step.log_behaviour, len(action))
     return [
-        *(Completion(ids, (0.0,) * len(ids), (0.0,) * len(ids)) for ids in given),
-        Completion(action, (1.0,) * len(action), log_probs),
+        *(Encoded(ids, (0.0,) * len(ids), (0.0,) * len(ids)) for ids in given),
+        Encoded(action, (1.0,) * len(action), log_probs),
     ]

@@ -13,14 +13,14 @@ from typing import Protocol
 
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.data.errors import DataError, Skipped, pass_over
-from kl_rl.data.padding import Completion, Example, Limits, fitted, stacked
+from kl_rl.data.padding import Encoded, Example, Limits, fitted, stacked
 from kl_rl.data.records import LogProbs
 from kl_rl.data.row import Content
 
-__all__ = ["Encoder", "Tokenizer"]
+__all__ = ["Encoder", "TextCodec"]
 
 
-class Tokenizer(Protocol):
+class TextCodec(Protocol):
     """What is needed of a tokenizer."""
 
     @property
@@ -53,7 +53,7 @@ class Encoder:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: TextCodec,
         limits: Limits | None = None,
         *,
         render: Callable[[Sequence[Mapping[str, str]]], str] | None = None,
@@ -107,7 +107,7 @@ class Encoder:
         except ValueError as error:
             raise DataError(f'{where}: field "messages" cannot be rendered: {error}') from None
 
-    def completion(self, where: str, name: str, content: Content, recorded: LogProbs | None) -> Completion:
+    def completion(self, where: str, name: str, content: Content, recorded: LogProbs | None) -> Encoded:
         """Ids of a completion with its behaviour log-probabilities; see the module docstring for the end token."""
         ids = self.ids(where, name, content)
         end = self.end if content.tokens is None else ()
@@ -118,7 +118,7 @@ class Encoder:
             raise DataError(
                 f"{where}: {name} has token id {high}, but the vocabulary has {self.limits.vocab} entries"
             )
-        return Completion(ids, (1.0,) * len(ids), self.per_token(where, name, recorded, len(ids)))
+        return Encoded(ids, (1.0,) * len(ids), self.per_token(where, name, recorded, len(ids)))
 
     def per_token(self, where: str, name: str, recorded: LogProbs | None, count: int) -> tuple[float, ...]:
         """One log-probability for each of ``count`` tokens: as recorded, a total in equal parts, or zeros.
@@ -150,7 +150,7 @@ class Encoder:
         self,
         where: str,
         prompt: Sequence[int],
-        completions: Sequence[Completion],
+        completions: Sequence[Encoded],
         rewards: Sequence[float] | None,
         labels: Sequence[float] | None = None,
     ) -> Example:

@@ -11,7 +11,7 @@ import numpy as np
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.data.errors import DataError
 
-__all__ = ["PADDING", "Completion", "Example", "Limits", "fitted", "padded_prompts", "stacked"]
+__all__ = ["PADDING", "Encoded", "Example", "Limits", "fitted", "padded_prompts", "stacked"]
 
 PADDING = -1
 """What pads a prompt."""
@@ -57,7 +57,7 @@ class Limits:
             raise ValueError(f'Limits.overflow must be "raise" or "truncate"; got {self.overflow!r}')
 
 
-class Completion(NamedTuple):
+class Encoded(NamedTuple):
     """Tokens of one completion; each [n].
 
     Attributes:
@@ -76,7 +76,7 @@ class Example(NamedTuple):
 
     where: str
     prompt: Sequence[int]
-    completions: Sequence[Completion]
+    completions: Sequence[Encoded]
     rewards: Sequence[float] | None
     labels: Sequence[float] | None = None
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
-__all__ = ["Board", "Stopped", "in_parallel"]
+__all__ = ["Board", "Cancelled", "in_parallel"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Stopped(Exception):
+class Cancelled(Exception):
     """Raised inside a worker after an interruption, at its next report of progress."""
 
 
@@ -36,10 +36,10 @@ class Board:
         """Report how far a method is.
 
         Raises:
-          Stopped: if the run has been interrupted.
+          Cancelled: if the run has been interrupted.
         """
         if self.stop.is_set():
-            raise Stopped
+            raise Cancelled
         with self._lock:
             self._done[name] = fraction
             self._progress((self._offset + sum(self._done.values())) / self._total, message)
@@ -53,7 +53,7 @@ def in_parallel(
     Args:
       work: must call ``Board.tell`` now and then, so that it can be stopped.
       items: what to work on, started in this order.
-      stop: set on the way out, whatever happens; running work then ends with ``Stopped``.
+      stop: set on the way out, whatever happens; running work then ends with ``Cancelled``.
 
     Yields:
       (item, result).

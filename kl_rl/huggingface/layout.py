@@ -12,14 +12,14 @@ import numpy as np
 from kl_rl.huggingface.errors import CheckpointError
 from kl_rl.huggingface.safetensors_file import Stored, TensorFile, open_file
 
-__all__ = ["INDEX", "SINGLE", "Layout", "open_layout"]
+__all__ = ["INDEX", "SINGLE", "CheckpointFiles", "open_layout"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class CheckpointFiles:
     """The files of a checkpoint.
 
     Attributes:
@@ -66,7 +66,7 @@ def _shards(folder: Path) -> tuple[str, dict[str, str]]:
     return text, names
 
 
-def open_layout(folder: Path) -> Layout:
+def open_layout(folder: Path) -> CheckpointFiles:
     """Find and check the weight files of a folder.
 
     Args:
@@ -80,7 +80,7 @@ def open_layout(folder: Path) -> Layout:
       FileNotFoundError: no weights, or a shard is missing.
     """
     if (folder / SINGLE).is_file():
-        return Layout(folder, (open_file(folder / SINGLE),), None)
+        return CheckpointFiles(folder, (open_file(folder / SINGLE),), None)
     if not (folder / INDEX).is_file():
         if any((folder / name).exists() for name in PICKLED):
             raise CheckpointError(
@@ -96,4 +96,4 @@ def open_layout(folder: Path) -> Layout:
             raise CheckpointError(
                 f"{folder / name}: tensor {tensor} is missing, but {INDEX} says that it is there"
             )
-    return Layout(folder, files, text)
+    return CheckpointFiles(folder, files, text)

@@ -10,7 +10,7 @@ from typing import Any
 from kl_rl.huggingface.config_in import config_from_dict, model_type
 from kl_rl.huggingface.errors import CheckpointError
 from kl_rl.huggingface.hub import resolve
-from kl_rl.huggingface.layout import Layout, open_layout
+from kl_rl.huggingface.layout import CheckpointFiles, open_layout
 from kl_rl.huggingface.weights_in import Place, read_weights, untie, with_names
 from kl_rl.models.config import DecoderConfig
 
@@ -35,7 +35,7 @@ class Checkpoint:
     config: DecoderConfig
     weights: dict[str, Any]
     spec: dict[str, Any]
-    layout: Layout
+    layout: CheckpointFiles
     folder: Path
     text: str
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from kl_rl.models.config import DecoderConfig
-from kl_rl.models.weights import weight_shapes
+from kl_rl.models.parameters import weight_shapes
 
 __all__ = ["HEAD", "Piece", "is_buffer", "pieces", "prefix"]
 

@@ -15,7 +15,7 @@ from kl_rl.huggingface.hub import resolve
 from kl_rl.huggingface.load import Checkpoint, load_checkpoint, read_config
 from kl_rl.models import DecoderConfig, Execution, decoder_policy
 from kl_rl.sharding import weight_sharding
-from kl_rl.storage.errors import TrainingError
+from kl_rl.storage.errors import RunError
 from kl_rl.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 __all__ = [
@@ -49,31 +49,31 @@ def model_folder(folder: str | Path) -> Path:
     """The folder itself, ``model`` inside it if it is the output of a run, or what the hub has under this name.
 
     Raises:
-      TrainingError: no checkpoint there.
+      RunError: no checkpoint there.
     """
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file() and (path / "model" / "config.json").is_file():
         return path / "model"
     if (path / "run.json").is_file() and not (path / "config.json").is_file():
-        raise TrainingError(
+        raise RunError(
             f"{path}: this run has not ended, its model is not written yet: go on with it, --resume"
         )
     try:
         return resolve(folder)
     except OSError as error:
-        raise TrainingError(f"{error}; give a Hugging Face checkpoint or the output of a run") from error
+        raise RunError(f"{error}; give a Hugging Face checkpoint or the output of a run") from error
 
 
 def architecture(folder: str | Path) -> DecoderConfig:
     """What ``load_model`` will open, from its config.json alone.
 
     Raises:
-      TrainingError: missing, damaged, not supported.
+      RunError: missing, damaged, not supported.
     """
     try:
         return read_config(model_folder(folder))[0]
     except (CheckpointError, OSError) as error:
-        raise TrainingError(str(error)) from error
+        raise RunError(str(error)) from error
 
 
 def load_model(folder: str | Path, execution: Execution | None = None, mesh: Mesh | None = None) -> Model:
@@ -88,7 +88,7 @@ def load_model(folder: str | Path, execution: Execution | None = None, mesh: Mes
       The model.
 
     Raises:
-      TrainingError: missing, damaged, not supported, or a tokenizer that does not fit.
+      RunError: missing, damaged, not supported, or a tokenizer that does not fit.
     """
     path = model_folder(folder)
     try:
@@ -96,7 +96,7 @@ def load_model(folder: str | Path, execution: Execution | None = None, mesh: Mes
         tokenizer = load_tokenizer(path)
         check_vocabulary(tokenizer, checkpoint.config, path)
     except (CheckpointError, OSError, ValueError) as error:
-        raise TrainingError(str(error)) from error
+        raise RunError(str(error)) from error
     weights = jax.tree.map(jnp.asarray, checkpoint.weights)
     base = decoder_policy(checkpoint.config, weights, execution)
     return Model(checkpoint.config, base, tokenizer, checkpoint)

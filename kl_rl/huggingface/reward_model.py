@@ -16,7 +16,7 @@ import numpy as np
 from kl_rl.huggingface.config_in import ARCHITECTURES, config_from_dict, model_type
 from kl_rl.huggingface.errors import CheckpointError
 from kl_rl.huggingface.hub import resolve
-from kl_rl.huggingface.layout import Layout, open_layout
+from kl_rl.huggingface.layout import CheckpointFiles, open_layout
 from kl_rl.huggingface.load import CONFIG, read_json
 from kl_rl.huggingface.weights_in import read_weights, with_names
 from kl_rl.models.config import DecoderConfig
@@ -69,7 +69,7 @@ def _causal(spec: dict[str, Any], where: Path) -> dict[str, Any]:
     return spec | {"architectures": [causal], "tie_word_embeddings": True}
 
 
-def _score(layout: Layout, views: dict[str, np.ndarray], width: int) -> jax.Array:
+def _score(layout: CheckpointFiles, views: dict[str, np.ndarray], width: int) -> jax.Array:
     """The output's row, taken out of the views."""
     if SCORE not in views:
         raise CheckpointError(f"{layout.files[0].path}: tensor {SCORE}: missing; a reward model has one")

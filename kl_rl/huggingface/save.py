@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from kl_rl.huggingface.config_in import model_type
 from kl_rl.huggingface.config_out import config_to_dict
-from kl_rl.huggingface.layout import INDEX, Layout
+from kl_rl.huggingface.layout import INDEX, CheckpointFiles
 from kl_rl.huggingface.load import CONFIG, Checkpoint, read_json
 from kl_rl.huggingface.weights_out import (
     CODES,
@@ -60,7 +60,7 @@ class _Plan(NamedTuple):
 
     files: list[OutFile]
     sources: Sources
-    layout: Layout | None
+    layout: CheckpointFiles | None
 
 
 def _plan(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kl_rl.huggingface.errors import CheckpointError
-from kl_rl.huggingface.layout import Layout
+from kl_rl.huggingface.layout import CheckpointFiles
 from kl_rl.huggingface.names import HEAD, Piece, is_buffer, pieces, prefix
 from kl_rl.models.config import DecoderConfig
 
@@ -21,12 +21,12 @@ Place = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding | Non
 Views = dict[str, np.ndarray]
 
 
-def full_name(layout: Layout, name: str) -> str:
+def full_name(layout: CheckpointFiles, name: str) -> str:
     """Name of a tensor in these files."""
     return name if name == HEAD else layout.prefix + name
 
 
-def with_names(layout: Layout, config: DecoderConfig, family: str, views: Views) -> Layout:
+def with_names(layout: CheckpointFiles, config: DecoderConfig, family: str, views: Views) -> CheckpointFiles:
     """Find out how the tensors are called and which are no parameters; check that none is missing or unknown.
 
     Args:
@@ -57,7 +57,7 @@ def with_names(layout: Layout, config: DecoderConfig, family: str, views: Views)
     return dataclasses.replace(layout, buffers=buffers)
 
 
-def _check(layout: Layout, name: str, shape: tuple[int, ...], views: Views) -> None:
+def _check(layout: CheckpointFiles, name: str, shape: tuple[int, ...], views: Views) -> None:
     if name not in views:
         where = layout.files[0].path if len(layout.files) == 1 else layout.folder
         raise CheckpointError(
@@ -115,7 +115,7 @@ class _Stacked:
 
 
 def _parameter(
-    layout: Layout, parts: list[Piece], views: Views, dtype: Any
+    layout: CheckpointFiles, parts: list[Piece], views: Views, dtype: Any
 ) -> tuple[tuple[int, ...], _Stacked]:
     layers = [piece.view(views[full_name(layout, piece.name)]) for piece in parts]
     stacked = parts[0].layer is not None
@@ -127,7 +127,7 @@ def _parameter(
 
 
 def _arrays(
-    layout: Layout, config: DecoderConfig, views: Views, dtype: Any, place: Place | None
+    layout: CheckpointFiles, config: DecoderConfig, views: Views, dtype: Any, place: Place | None
 ) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
     for path, parts in pieces(config, layout.family).items():
         shape, read = _parameter(layout, parts, views, dtype)
@@ -140,7 +140,7 @@ def _arrays(
 
 
 def read_weights(
-    layout: Layout, config: DecoderConfig, views: Views, *, dtype: Any, place: Place | None
+    layout: CheckpointFiles, config: DecoderConfig, views: Views, *, dtype: Any, place: Place | None
 ) -> dict[str, Any]:
     """All parameters; on the host at most one (stacked) parameter exists at a time.
 

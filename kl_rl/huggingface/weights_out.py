@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kl_rl.huggingface.errors import CheckpointError
-from kl_rl.huggingface.layout import SINGLE, Layout
+from kl_rl.huggingface.layout import SINGLE, CheckpointFiles
 from kl_rl.huggingface.names import HEAD, Piece, pieces, prefix
 from kl_rl.huggingface.safetensors_file import DTYPES, Stored, TensorFile, header_bytes
 from kl_rl.models.config import DecoderConfig
@@ -93,7 +93,7 @@ def check_shapes(config: DecoderConfig, family: str, weights: dict[str, Any]) ->
             raise CheckpointError(f"weights: {'/'.join(path)} is no parameter of the configuration")
 
 
-def same_files(layout: Layout, sources: Sources, *, dtype: str | None) -> list[OutFile] | None:
+def same_files(layout: CheckpointFiles, sources: Sources, *, dtype: str | None) -> list[OutFile] | None:
     """The files of a layout for these tensors, or None if the layout lacks one of them.
 
     Args:
@@ -155,7 +155,7 @@ def fresh_files(
     return [OutFile(n, header_bytes(t, METADATA), t) for n, t in zip(names, ordered, strict=True)]
 
 
-def index_text(files: Iterable[OutFile], layout: Layout | None) -> str | None:
+def index_text(files: Iterable[OutFile], layout: CheckpointFiles | None) -> str | None:
     """Text of the shard index; None for a single file.
 
     Args:

@@ -10,10 +10,13 @@ from .decoder import last_hidden as last_hidden
 from .decoder import packed_log_probs as packed_log_probs
 from .lora import lora_policy as lora_policy
 from .lora import merge_lora as merge_lora
+from .parameters import DecoderModule as DecoderModule
+from .parameters import count_parameters as count_parameters
+from .parameters import init_weights as init_weights
+from .parameters import tied_rows as tied_rows
+from .parameters import weight_shapes as weight_shapes
 from .small import small_config as small_config
 from .small import small_policy as small_policy
-from .small import small_twist as small_twist
-from .small import tie_extra_rows as tie_extra_rows
 from .tables import constant_twist as constant_twist
 from .tables import table_from_law as table_from_law
 from .tables import table_policy as table_policy
@@ -23,7 +26,3 @@ from .transformer import tie_extra_tokens as tie_extra_tokens
 from .transformer import transformer_policy as transformer_policy
 from .transformer import transformer_twist as transformer_twist
 from .twist import decoder_twist as decoder_twist
-from .weights import Decoder as Decoder
-from .weights import count_parameters as count_parameters
-from .weights import init_weights as init_weights
-from .weights import weight_shapes as weight_shapes

@@ -12,13 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from kl_rl.core.policy import Policy
-from kl_rl.core.twist import Twist
 from kl_rl.models.config import DecoderConfig, Execution
 from kl_rl.models.decoder import decoder_policy
-from kl_rl.models.twist import decoder_twist
-from kl_rl.models.weights import init_weights
+from kl_rl.models.parameters import init_weights
 
-__all__ = ["small_config", "small_policy", "small_twist", "tie_extra_rows"]
+__all__ = ["small_config", "small_policy"]
 
 
 def small_config(
@@ -57,27 +55,3 @@ def small_policy(key: jax.Array, vocab: int, **options: Any) -> Policy:
     """
     config = small_config(vocab, **options)
     return decoder_policy(config, init_weights(key, config, jnp.result_type(float)), _execution())
-
-
-def small_twist(key: jax.Array, vocab: int, **options: Any) -> Twist:
-    """A freshly initialized twist head with its own trunk.
-
-    ``apply(params, prompt [..., L], tokens [..., T]) -> log_twist [..., T + 1]``, in nats.
-    """
-    config = small_config(vocab, **options)
-    weights = init_weights(key, config, jnp.result_type(float))
-    return decoder_twist(config, weights, _execution(), train_trunk=True)
-
-
-def tie_extra_rows(policy: Policy, begin: int) -> Policy:
-    """Give every input id above ``begin`` the embedding of ``begin``: return tokens then start out meaning nothing.
-
-    Args:
-      policy: from ``decoder_policy``.
-      begin: id of the begin mark, V.
-
-    Returns:
-      A policy equal to the old one on prompts that start with ``begin``, and indifferent to return tokens.
-    """
-    table = policy.params["embed"]["table"]
-    return policy.with_params(policy.params | {"embed": {"table": table.at[begin + 1 :].set(table[begin])}})

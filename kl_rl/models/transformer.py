@@ -15,6 +15,7 @@ from flax import nnx
 from kl_rl.core.nnx import from_nnx
 from kl_rl.core.policy import Policy
 from kl_rl.core.twist import Twist
+from kl_rl.models.parameters import tied_rows
 
 __all__ = ["Transformer", "tie_extra_tokens", "transformer_policy", "transformer_twist"]
 
@@ -181,6 +182,5 @@ def tie_extra_tokens(policy: Policy, begin: int) -> Policy:
     Returns:
       A policy equal to the old one on prompts that start with ``begin``, and indifferent to return tokens.
     """
-    table = policy.params["embed"]["embedding"]
-    tied = table.at[begin + 1 :].set(table[begin])
+    tied = tied_rows(policy.params["embed"]["embedding"], begin)
     return policy.with_params({**policy.params, "embed": {**policy.params["embed"], "embedding": tied}})

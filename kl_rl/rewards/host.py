@@ -14,7 +14,7 @@ from kl_rl.core.named import object_named
 from kl_rl.rewards.lexicon_text import TextReward
 from kl_rl.rewards.values import Values, one_by_one
 from kl_rl.sharding.processes import agreed, share, summed
-from kl_rl.storage.errors import BadRewardValue, TrainingError
+from kl_rl.storage.errors import BadRewardValue, RunError
 
 __all__ = ["HostReward", "lexicon_reward", "load_reward", "rewards_of"]
 
@@ -51,12 +51,12 @@ def load_reward(spec: str) -> HostReward:
       The reward.
 
     Raises:
-      TrainingError: it cannot be found or imported.
+      RunError: it cannot be found or imported.
       BadReward: a word list that cannot be used.
     """
     path = Path(spec).expanduser()
     if not spec.strip():
-        raise TrainingError(f"--reward is empty; {_KINDS}")
+        raise RunError(f"--reward is empty; {_KINDS}")
     if path.is_dir():
         from kl_rl.rewards.models import model_reward
 
@@ -66,7 +66,7 @@ def load_reward(spec: str) -> HostReward:
 
         return lexicon_reward(spec, load_lexicon(path))
     if path.suffix == ".py":
-        raise TrainingError(f"reward {spec}: name the function too: {spec}:function")
+        raise RunError(f"reward {spec}: name the function too: {spec}:function")
     if ":" not in spec:
         return HostReward(spec, _of_hub(spec))
     return HostReward(spec, one_by_one(_function(spec)))
@@ -79,7 +79,7 @@ def _of_hub(name: str) -> Values:
     try:
         return model_reward(resolve(name))
     except OSError as error:
-        raise TrainingError(f"{error}; {_KINDS}") from error
+        raise RunError(f"{error}; {_KINDS}") from error
 
 
 def lexicon_reward(name: str, lexicon: TextReward) -> HostReward:
@@ -92,9 +92,9 @@ def _function(spec: str) -> Callable[[str, str], Any]:
     try:
         function = object_named(spec)
     except ValueError as error:
-        raise TrainingError(f"reward {error}") from error
+        raise RunError(f"reward {error}") from error
     if not callable(function):
-        raise TrainingError(f"reward {spec}: is a {type(function).__name__}, not a function")
+        raise RunError(f"reward {spec}: is a {type(function).__name__}, not a function")
     return function
 
 

@@ -18,7 +18,7 @@ from kl_rl.huggingface import CheckpointError, is_reward_model, load_reward_mode
 from kl_rl.huggingface.opened import begin_of, load_model
 from kl_rl.models import DecoderConfig, last_hidden
 from kl_rl.rewards.values import Values, one_by_one
-from kl_rl.storage.errors import TrainingError
+from kl_rl.storage.errors import RunError
 from kl_rl.tokenizer import check_vocabulary, load_tokenizer
 
 __all__ = ["likelihood_reward", "model_reward", "scored_reward"]
@@ -40,7 +40,7 @@ def _conversation(prompt: str, tokenizer: Any) -> tuple[dict[str, str], ...] | N
 
 def _check_length(count: int, config: DecoderConfig) -> None:
     if count > config.context:
-        raise TrainingError(f"{count} tokens do not fit the reward model's context of {config.context}")
+        raise RunError(f"{count} tokens do not fit the reward model's context of {config.context}")
 
 
 def _width(rows: Sequence[Sequence[int]], config: DecoderConfig) -> int:
@@ -83,12 +83,12 @@ def model_reward(folder: Path) -> Values:
       ``(prompts, completions) -> numbers``.
 
     Raises:
-      TrainingError: the folder cannot be used.
+      RunError: the folder cannot be used.
     """
     try:
         classifier = is_reward_model(folder)
     except CheckpointError as error:
-        raise TrainingError(str(error)) from error
+        raise RunError(str(error)) from error
     return scored_reward(folder) if classifier else likelihood_reward(folder)
 
 
@@ -104,13 +104,13 @@ def scored_reward(folder: Path) -> Values:
       the completion as what the assistant says.
 
     Raises:
-      TrainingError: the folder cannot be used.
+      RunError: the folder cannot be used.
     """
     try:
         model, tokenizer = load_reward_model(folder), load_tokenizer(folder)
         check_vocabulary(tokenizer, model.config, folder)
     except (CheckpointError, OSError, ValueError) as error:
-        raise TrainingError(str(error)) from error
+        raise RunError(str(error)) from error
     begin = begin_of(tokenizer)
 
     @jax.jit
@@ -125,7 +125,7 @@ def scored_reward(folder: Path) -> Values:
             answer = {"role": "assistant", "content": completion}
             ids = tokenizer.encode(tokenizer.apply_chat([*said, answer], add_generation_prompt=False))
         if not ids:
-            raise TrainingError("the reward model was given an empty text")
+            raise RunError("the reward model was given an empty text")
         _check_length(len(ids), model.config)
         return (ids,)
 
@@ -149,7 +149,7 @@ def likelihood_reward(folder: Path) -> Values:
       ``(prompts, completions) -> nats``.
 
     Raises:
-      TrainingError: the folder cannot be used.
+      RunError: the folder cannot be used.
     """
     model = load_model(folder)
     begin = begin_of(model.tokenizer)

@@ -12,7 +12,7 @@ from .job import open_inputs as open_inputs
 from .pretrain import pretrain as pretrain
 from .programs import Held as Held
 from .settings import Learning as Learning
-from .settings import PretrainPlan as PretrainPlan
+from .settings import Pretraining as Pretraining
 from .settings import Saving as Saving
 from .settings import Settings as Settings
 from .settings import Sizes as Sizes

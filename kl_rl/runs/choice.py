@@ -9,7 +9,7 @@ from kl_rl.methods.catalogue import METHODS, method_named
 from kl_rl.methods.memory import given
 from kl_rl.methods.needs import Feed, base_policy, own_policy
 from kl_rl.runs.settings import Learning, Sizes, Task
-from kl_rl.storage.errors import TrainingError
+from kl_rl.storage.errors import RunError
 
 __all__ = ["Choice", "check_choice", "choose"]
 
@@ -46,15 +46,15 @@ def _value(method: Method, task: Task) -> float:
     for other in ("beta", "n", "threshold", "fraction"):
         if getattr(task, other) is not None and (knob is None or other != knob.option):
             has = "has no knob" if knob is None else f"is set by --{knob.option}"
-            raise TrainingError(f"--{other} is not for {method.name}, which {has}")
+            raise RunError(f"--{other} is not for {method.name}, which {has}")
     if knob is None:
         return 0.0
     value = getattr(task, knob.option, None)
     value = knob.default if value is None else value
     if value is None:
-        raise TrainingError(f"{method.name} needs --{knob.option}, the {knob.unit}")
+        raise RunError(f"{method.name} needs --{knob.option}, the {knob.unit}")
     if not knob.admits(value):
-        raise TrainingError(f"--{knob.option} must be {knob.range}; got {value:g}")
+        raise RunError(f"--{knob.option} must be {knob.range}; got {value:g}")
     return float(value)
 
 
@@ -62,33 +62,33 @@ def check_choice(choice: Choice, sizes: Sizes, learning: Learning) -> None:
     """Hold what a method needs against what a run gives it.
 
     Raises:
-      TrainingError: naming the option.
+      RunError: naming the option.
     """
     method, needs, samples = choice.method, choice.method.needs, sizes.num_samples
     if choice.drawn_by == "data" and not needs.foreign:
-        raise TrainingError(
+        raise RunError(
             f"{method.name} learns from samples of its own policy and cannot use --data; these can: {_those('foreign')}"
         )
     if samples < max(2, needs.samples):
-        raise TrainingError(f"--num-samples must be at least {max(2, needs.samples)}; got {samples}")
+        raise RunError(f"--num-samples must be at least {max(2, needs.samples)}; got {samples}")
     if (
         method.knob is not None
         and method.knob.option == "n"
         and choice.drawn_by != "data"
         and choice.value > samples
     ):
-        raise TrainingError(f"--n must be at most --num-samples = {samples}; got {choice.value:g}")
+        raise RunError(f"--n must be at most --num-samples = {samples}; got {choice.value:g}")
     if needs.feed is Feed.PAIRS and samples % 2:
-        raise TrainingError(f"{method.name} compares pairs: --num-samples must be even; got {samples}")
+        raise RunError(f"{method.name} compares pairs: --num-samples must be even; got {samples}")
     if learning.twist is not None and not needs.heads:
-        raise TrainingError(f"--twist {learning.twist}: {method.name} has no values, which it would be for")
+        raise RunError(f"--twist {learning.twist}: {method.name} has no values, which it would be for")
     if learning.temperature != 1.0 and not needs.tempered:
-        raise TrainingError(
+        raise RunError(
             f"{method.name} takes its samples as they are drawn: another --temperature than 1 would move what it "
             f"learns; these correct for it: {_those('tempered')}"
         )
     if sizes.gradient_accumulation > 1 and not needs.parts:
-        raise TrainingError(
+        raise RunError(
             f"{method.name} normalizes its weights over the whole batch: it cannot have --gradient-accumulation"
         )
 
@@ -105,13 +105,13 @@ def choose(task: Task, sizes: Sizes, learning: Learning) -> Choice:
       The choice.
 
     Raises:
-      TrainingError: an unknown method or option, a knob out of range, or a need that the run cannot meet.
+      RunError: an unknown method or option, a knob out of range, or a need that the run cannot meet.
     """
     try:
         method = method_named(task.method)
         options = parsed_options(method, task.options)
     except ValueError as error:
-        raise TrainingError(str(error)) from error
+        raise RunError(str(error)) from error
     memory = method.memory if task.data is None else given()
     method = method._replace(options={**method.options, **options}, memory=memory)
     choice = Choice(method, _value(method, task))

@@ -22,7 +22,7 @@ from kl_rl.runs.prompts import Prompts, load_prompts, order_of, reader_of, split
 from kl_rl.runs.returns import with_returns
 from kl_rl.runs.settings import Learning, Settings, Sizes, Task
 from kl_rl.sharding import AXES, check_mesh, make_mesh, place, put, replicated
-from kl_rl.storage.errors import TrainingError
+from kl_rl.storage.errors import RunError
 
 __all__ = ["Inputs", "Job", "assemble", "execution_of", "make_job", "mesh_of", "open_inputs"]
 
@@ -122,13 +122,13 @@ def mesh_of(
       The mesh.
 
     Raises:
-      TrainingError: it does not divide the batch or the model, or leaves devices out.
+      RunError: it does not divide the batch or the model, or leaves devices out.
     """
     if not axes:
         return None
     rows = axes.get("data", 1) * axes.get("fsdp", 1)
     if batch % (rows * parts):
-        raise TrainingError(
+        raise RunError(
             f"--batch {batch}{f' in {parts} parts' if parts > 1 else ''} cannot be split over "
             f"data x fsdp = {rows} devices: use a multiple of {rows * parts}"
         )
@@ -140,7 +140,7 @@ def mesh_of(
             )
         check_mesh(config, mesh)
     except ValueError as error:
-        raise TrainingError(f"--mesh: {error}") from error
+        raise RunError(f"--mesh: {error}") from error
     return mesh
 
 
@@ -171,7 +171,7 @@ def open_inputs(
       The inputs.
 
     Raises:
-      TrainingError, DataError: naming what cannot be used.
+      RunError, DataError: naming what cannot be used.
     """
     reward, returns = load_reward(task.reward), choice.method.needs.returns
     model = load_model(task.base, execution, mesh)
@@ -243,7 +243,7 @@ def make_job(settings: Settings) -> Job:
       The job.
 
     Raises:
-      TrainingError, DataError: naming the option or the file that cannot be used.
+      RunError, DataError: naming the option or the file that cannot be used.
     """
     task, sizes, learning = settings.task, settings.sizes, settings.learning
     choice = choose(task, sizes, learning)

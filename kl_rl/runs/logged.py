@@ -16,7 +16,7 @@ from kl_rl.data import (
 from kl_rl.methods.needs import Feed
 from kl_rl.runs.choice import Choice
 from kl_rl.runs.prompts import Prompts, Reader
-from kl_rl.storage.errors import TrainingError
+from kl_rl.storage.errors import RunError
 
 __all__ = ["load_logged"]
 
@@ -24,9 +24,9 @@ __all__ = ["load_logged"]
 def _check_draws(file: str, choice: Choice, found: int) -> None:
     method = choice.method
     if method.needs.samples > found:
-        raise TrainingError(f"{method.name} compares completions of one prompt: {file} has one of each")
+        raise RunError(f"{method.name} compares completions of one prompt: {file} has one of each")
     if method.knob is not None and method.knob.option == "n" and choice.value > found:
-        raise TrainingError(
+        raise RunError(
             f"--n must be at most the {found} completions that {file} has of a prompt; got {choice.value:g}"
         )
 
@@ -44,7 +44,7 @@ def load_logged(file: str, choice: Choice, reader: Reader) -> tuple[Prompts, Tra
       N prompts, and their K completions as host arrays, [N, K, ...]; what raters said of comparisons is ``label``.
 
     Raises:
-      TrainingError, DataError: naming file, line and field, or what does not fit.
+      RunError, DataError: naming file, line and field, or what does not fit.
     """
     needs, encoder = choice.method.needs, reader.encoder
     records: list[Any]
@@ -58,7 +58,7 @@ def load_logged(file: str, choice: Choice, reader: Reader) -> tuple[Prompts, Tra
             recorded = any(record.log_behaviour is not None for record in records)
             batch = encode_logged(records, encoder, assume_base=needs.unrecorded and not recorded)
     except OSError as error:
-        raise TrainingError(f"{file}: cannot be read: {error.strerror or error}") from error
+        raise RunError(f"{file}: cannot be read: {error.strerror or error}") from error
     _check_draws(file, choice, batch.reward.shape[1])
     prompts = reader.read([(record.where, record.prompt) for record in records])
     ids: Any = prompts.ids

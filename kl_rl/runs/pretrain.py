@@ -14,10 +14,10 @@ import optax
 
 from kl_rl.data import TextWindows
 from kl_rl.huggingface import save_checkpoint
-from kl_rl.models import DecoderConfig, Execution, count_parameters, init_weights, packed_log_probs
+from kl_rl.models import DecoderConfig, Execution, count_parameters, init_weights, packed_log_probs, tied_rows
 from kl_rl.runs.returns import RETURN_TOKENS
-from kl_rl.runs.settings import PretrainPlan
-from kl_rl.storage.errors import TrainingError
+from kl_rl.runs.settings import Pretraining
+from kl_rl.storage.errors import RunError
 from kl_rl.storage.loop import Position, pick_up, run_steps, to_stderr
 from kl_rl.storage.preemption import Preemption
 from kl_rl.tokenizer import ByteTokenizer
@@ -70,22 +70,22 @@ def read_text(path: str, window: int) -> Text:
       The text.
 
     Raises:
-      TrainingError: it cannot be read or is too short.
+      RunError: it cannot be read or is too short.
     """
     try:
         data = np.frombuffer(Path(path).expanduser().read_bytes(), np.uint8)
     except OSError as error:
-        raise TrainingError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise RunError(f"{path}: cannot be read: {error.strerror or error}") from error
     cut = len(data) - max(window, len(data) // 20)
     if cut < 4 * window:
-        raise TrainingError(
+        raise RunError(
             f"{path}: has {len(data)} bytes, fewer than five windows of {window}; "
             "give a longer text or a smaller --context"
         )
     return Text(data[:cut], data[cut:])
 
 
-def planned_steps(plan: PretrainPlan, config: DecoderConfig, size: int) -> int:
+def planned_steps(plan: Pretraining, config: DecoderConfig, size: int) -> int:
     """Steps that fit into the minutes, but at most 40 passes over the text.
 
     Args:
@@ -119,7 +119,7 @@ class _Programs(NamedTuple):
     loss: Callable[[Any, jax.Array], jax.Array]
 
 
-def _programs(plan: PretrainPlan, config: DecoderConfig, steps: int) -> _Programs:
+def _programs(plan: Pretraining, config: DecoderConfig, steps: int) -> _Programs:
     optimizer, execution = _optimizer(steps, plan.learning_rate), Execution()
 
     def loss(weights: Any, ids: jax.Array) -> jax.Array:
@@ -142,7 +142,7 @@ def _marked(windows: np.ndarray, begin: int) -> np.ndarray:
     return np.concatenate([np.full((len(windows), 1), begin, np.int32), windows.astype(np.int32)], axis=1)
 
 
-def model_config(plan: PretrainPlan) -> DecoderConfig:
+def model_config(plan: Pretraining) -> DecoderConfig:
     """Bytes and an end token are emitted; the begin mark and return tokens are only read."""
     tokenizer, options = ByteTokenizer(), {"heads": plan.heads, "context": plan.context}
     extra = 1 + RETURN_TOKENS
@@ -156,7 +156,7 @@ def _silent(fraction: float, message: str) -> None:
 
 
 def pretrain(
-    plan: PretrainPlan,
+    plan: Pretraining,
     text: Text,
     folder: Path,
     *,
@@ -179,7 +179,7 @@ def pretrain(
 
     Raises:
       Stopped: by SIGTERM or Ctrl-C, after saving.
-      TrainingError, SaveError: see the modules.
+      RunError, SaveError: see the modules.
     """
     config, tokenizer = model_config(plan), ByteTokenizer()
     steps = planned_steps(plan, config, len(text.train))
@@ -208,7 +208,8 @@ def pretrain(
             fitted = run_steps(kept, position.tree, position.step, steps, advance, heard)
         finally:
             kept.close()
-    weights = jax.device_get(_tied(fitted.weights, tokenizer.begin_id))
+    table = tied_rows(fitted.weights["embed"]["table"], tokenizer.begin_id)
+    weights = jax.device_get(fitted.weights | {"embed": {"table": table}})
     save_checkpoint(folder / "model", config, weights, tokenizer_from=tokenizer)
     loss = float(programs.loss(fitted.weights, jnp.asarray(held_out)))
     return {
@@ -217,9 +218,3 @@ def pretrain(
         "steps": steps,
         "parameters": count_parameters(config),
     }
-
-
-def _tied(weights: Any, begin: int) -> Any:
-    """Return tokens read like the begin mark."""
-    table = weights["embed"]["table"]
-    return weights | {"embed": {"table": table.at[begin + 1 :].set(table[begin])}}

@@ -13,7 +13,7 @@ from kl_rl.data import DataError, Encoder, Limits, PromptRecord, load_records
 from kl_rl.data.row import Content
 from kl_rl.huggingface.opened import Model, begin_of
 from kl_rl.rewards.values import PromptText
-from kl_rl.storage.errors import TrainingError
+from kl_rl.storage.errors import RunError
 from kl_rl.tokenizer import Tokenizer
 
 __all__ = ["Prompts", "Reader", "load_prompts", "order_of", "reader_of", "split_rows", "with_place"]
@@ -68,7 +68,7 @@ class Reader(NamedTuple):
     def _placed(self, where: str, ids: list[int]) -> list[int]:
         try:
             return with_place(ids, self.begin) if self.place else ids
-        except TrainingError as error:
+        except RunError as error:
             raise DataError(f"{where}: {error}") from error
 
 
@@ -76,12 +76,12 @@ def with_place(ids: Sequence[int], begin: int | None) -> list[int]:
     """A prompt with a place for a return token in front: its begin mark, or -1 where the tokenizer has none.
 
     Raises:
-      TrainingError: the prompt does not begin with the mark.
+      RunError: the prompt does not begin with the mark.
     """
     if begin is None:
         return [-1, *ids]
     if list(ids[:1]) != [begin]:
-        raise TrainingError("return tokens replace the begin mark, and this prompt does not begin with it")
+        raise RunError("return tokens replace the begin mark, and this prompt does not begin with it")
     return list(ids)
 
 
@@ -97,12 +97,12 @@ def reader_of(model: Model, horizon: int, *, place: bool) -> Reader:
       The reader.
 
     Raises:
-      TrainingError: if no prompt can fit.
+      RunError: if no prompt can fit.
     """
     tokenizer, begin = model.tokenizer, begin_of(model.tokenizer)
     room = model.config.context - int(place and begin is None)
     if horizon >= room:
-        raise TrainingError(
+        raise RunError(
             f"--horizon {horizon} leaves no room for a prompt in a context of {model.config.context}"
         )
     encoder = Encoder(
@@ -128,17 +128,17 @@ def load_prompts(file: str, length: int | None, count: int | None, reader: Reade
       The prompts.
 
     Raises:
-      TrainingError, DataError: naming file, line and field.
+      RunError, DataError: naming file, line and field.
     """
     if Path(file).suffix in (".txt", ".md"):
         contents = _text(file, length, reader.tokenizer)
     elif length is not None:
-        raise TrainingError("--prompt-length cuts a .txt file; prompts of other files are taken as they are")
+        raise RunError("--prompt-length cuts a .txt file; prompts of other files are taken as they are")
     else:
         try:
             contents = [(record.where, record.prompt) for record in load_records(file, PromptRecord).records]
         except OSError as error:
-            raise TrainingError(f"{file}: cannot be read: {error.strerror or error}") from error
+            raise RunError(f"{file}: cannot be read: {error.strerror or error}") from error
     return reader.read(_spread(contents, count))
 
 
@@ -154,22 +154,20 @@ def _text(name: str, length: int | None, tokenizer: Tokenizer) -> list[tuple[str
     try:
         text = Path(name).expanduser().read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise TrainingError(f"{name}: byte {error.start}: not UTF-8 text; save the file as UTF-8") from error
+        raise RunError(f"{name}: byte {error.start}: not UTF-8 text; save the file as UTF-8") from error
     except OSError as error:
-        raise TrainingError(f"{name}: cannot be read: {error.strerror or error}") from error
+        raise RunError(f"{name}: cannot be read: {error.strerror or error}") from error
     if length is None:
         lines = enumerate(_LINE_END.split(text), 1)
         found = [(f"{name}: line {number}", Content(text=line)) for number, line in lines if line.strip()]
     else:
         ids = tokenizer.encode(text)
         if len(ids) < length:
-            raise TrainingError(
-                f"{name}: has {len(ids)} tokens, less than one prompt of --prompt-length {length}"
-            )
+            raise RunError(f"{name}: has {len(ids)} tokens, less than one prompt of --prompt-length {length}")
         starts = range(0, len(ids) - length + 1, length)
         found = [(f"{name}: token {s + 1}", Content(tokens=tuple(ids[s : s + length]))) for s in starts]
     if not found:
-        raise TrainingError(f"{name}: holds no prompt; write one on each line")
+        raise RunError(f"{name}: holds no prompt; write one on each line")
     return found
 
 

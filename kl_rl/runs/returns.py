@@ -15,7 +15,7 @@ from kl_rl.core.policy import Policy
 from kl_rl.huggingface.opened import Model, begin_of
 from kl_rl.methods.conditioning import return_edges
 from kl_rl.models import Execution, decoder_policy
-from kl_rl.storage.errors import TrainingError
+from kl_rl.storage.errors import RunError
 
 __all__ = [
     "RETURNS_FILE",
@@ -40,11 +40,11 @@ def padded_edges(reward: np.ndarray) -> np.ndarray:
       Ascending, infinite where there are fewer levels than tokens; float32 [R - 1].
 
     Raises:
-      TrainingError: all samples have the same reward.
+      RunError: all samples have the same reward.
     """
     edges = return_edges(reward, tokens=RETURN_TOKENS)
     if not len(edges):
-        raise TrainingError(
+        raise RunError(
             f"all {reward.size} completions score {reward.flat[0]:g}: there is no return to condition "
             "on; use another reward, a longer --horizon or other prompts"
         )
@@ -71,7 +71,7 @@ def deployed_policy(folder: Path, policy: Policy) -> Policy:
       The policy.
 
     Raises:
-      TrainingError: a damaged file of returns.
+      RunError: a damaged file of returns.
     """
     path = folder / RETURNS_FILE
     if not path.is_file():
@@ -81,7 +81,7 @@ def deployed_policy(folder: Path, policy: Policy) -> Policy:
         log_prior = jnp.array([-jnp.inf if v is None else v for v in spec["log_prior"]], jnp.float32)
         tokens = int(spec["first_token"]) + jnp.arange(len(spec["log_prior"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"{path}: damaged: {error}; export the model again") from error
+        raise RunError(f"{path}: damaged: {error}; export the model again") from error
     return mixture(policy, tokens, log_prior)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from kl_rl.storage.errors import TrainingError
+from kl_rl.storage.errors import RunError
 
-__all__ = ["Learning", "PretrainPlan", "Saving", "Settings", "Sizes", "Task"]
+__all__ = ["Learning", "Pretraining", "Saving", "Settings", "Sizes", "Task"]
 
 
 def _option(name: str) -> str:
@@ -18,19 +18,19 @@ def _at_least(group: Any, least: float, *names: str) -> None:
     for name in names:
         value = getattr(group, name)
         if value is not None and not value >= least:
-            raise TrainingError(f"{_option(name)} must be at least {least:g}; got {value}")
+            raise RunError(f"{_option(name)} must be at least {least:g}; got {value}")
 
 
 def _positive(group: Any, *names: str) -> None:
     for name in names:
         value = getattr(group, name)
         if value is not None and not 0 < value < float("inf"):
-            raise TrainingError(f"{_option(name)} must be positive and finite; got {value}")
+            raise RunError(f"{_option(name)} must be positive and finite; got {value}")
 
 
 def _seed(group: Any) -> None:
     if not 0 <= group.seed < 2**32:  # of what keys are made of
-        raise TrainingError(f"--seed must be at least 0 and less than 2**32; got {group.seed}")
+        raise RunError(f"--seed must be at least 0 and less than 2**32; got {group.seed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +66,13 @@ class Task:
         """Refuse values that cannot be.
 
         Raises:
-          TrainingError: naming the option.
+          RunError: naming the option.
         """
         _at_least(self, 1, "prompt_length", "num_prompts")
         if (self.prompts is None) == (self.data is None):
-            raise TrainingError(
-                "give --prompts, to draw completions, or --data, to learn from those in a file"
-            )
+            raise RunError("give --prompts, to draw completions, or --data, to learn from those in a file")
         if self.data is not None and (self.prompt_length or self.num_prompts) is not None:
-            raise TrainingError("--prompt-length and --num-prompts are about --prompts, not about --data")
+            raise RunError("--prompt-length and --num-prompts are about --prompts, not about --data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +103,12 @@ class Sizes:
         """Refuse values that cannot be.
 
         Raises:
-          TrainingError: naming the option.
+          RunError: naming the option.
         """
         _at_least(self, 1, "steps", "batch", "gradient_accumulation", "num_samples", "horizon")
         _at_least(self, 0, "held_out", "eval_every")
         if self.batch % self.gradient_accumulation:
-            raise TrainingError(
+            raise RunError(
                 f"--gradient-accumulation must divide --batch = {self.batch}; got {self.gradient_accumulation}"
             )
         _at_least(self, 2, "eval_samples")
@@ -147,13 +145,13 @@ class Learning:
         """Refuse values that cannot be.
 
         Raises:
-          TrainingError: naming the option.
+          RunError: naming the option.
         """
         _positive(self, "learning_rate", "temperature")
         _at_least(self, 0, "lora")
         _seed(self)
         if self.twist not in (None, "head", "trunk"):
-            raise TrainingError(f"--twist must be head or trunk; got {self.twist}")
+            raise RunError(f"--twist must be head or trunk; got {self.twist}")
 
     @property
     def trains_trunk(self) -> bool:
@@ -177,11 +175,11 @@ class Saving:
         """Refuse values that cannot be.
 
         Raises:
-          TrainingError: naming the option.
+          RunError: naming the option.
         """
         _at_least(self, 1, "save_every")
         if self.on_bad_reward not in ("stop", "skip"):
-            raise TrainingError(f"--on-bad-reward must be stop or skip; got {self.on_bad_reward}")
+            raise RunError(f"--on-bad-reward must be stop or skip; got {self.on_bad_reward}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +204,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainPlan:
+class Pretraining:
     """A small byte model and its training.
 
     Attributes:
@@ -235,11 +233,11 @@ class PretrainPlan:
         """Refuse values that cannot be.
 
         Raises:
-          TrainingError: naming the option.
+          RunError: naming the option.
         """
         _positive(self, "minutes", "learning_rate")
         _at_least(self, 1, "steps", "width", "layers", "heads", "batch")
         _at_least(self, 8, "context")
         _seed(self)
         if self.width % self.heads:
-            raise TrainingError(f"--width must be a multiple of --heads, {self.heads}; got {self.width}")
+            raise RunError(f"--width must be a multiple of --heads, {self.heads}; got {self.width}")

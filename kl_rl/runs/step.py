@@ -181,7 +181,7 @@ def open_run(job: Job) -> Held:
       What the run holds.
 
     Raises:
-      BadRewardValue, TrainingError: the reward cannot be used, or never differs.
+      BadRewardValue, RunError: the reward cannot be used, or never differs.
     """
     sizes, held, needs = job.sizes, blank(job), job.choice.method.needs
     if needs.returns:

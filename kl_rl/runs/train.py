@@ -19,7 +19,7 @@ from kl_rl.runs.settings import Settings
 from kl_rl.runs.step import blank, open_run, take_step
 from kl_rl.sharding.processes import agreed, is_first
 from kl_rl.storage.checkpoint import outline
-from kl_rl.storage.errors import TrainingError
+from kl_rl.storage.errors import RunError
 from kl_rl.storage.loop import Kept, Position, pick_up, run_steps, to_stderr
 from kl_rl.storage.preemption import Preemption
 from kl_rl.storage.trackers import Sink
@@ -67,7 +67,7 @@ def train(
 
     Raises:
       Stopped: by SIGTERM or Ctrl-C, after saving.
-      TrainingError, Diverged, SaveError: see the modules.
+      RunError, Diverged, SaveError: see the modules.
     """
     with Preemption() as preemption:
         progress(0.0, "opening the base model")
@@ -115,7 +115,7 @@ def train_job(
 
     Raises:
       Stopped: by SIGTERM or Ctrl-C, after saving.
-      TrainingError, Diverged, SaveError: see the modules.
+      RunError, Diverged, SaveError: see the modules.
     """
     steps = job.sizes.steps
     kept, position = pick_up(files.folder, outline(blank(job)), FILES, files.save_every, say=say)
@@ -144,10 +144,10 @@ def _opened(make_sinks: MakeSinks, step: int) -> Iterator[Sequence[Sink]]:
     problem = None
     try:
         sinks = tuple(make_sinks(step)) if is_first() else ()
-    except TrainingError as error:
+    except RunError as error:
         problem = error
     if (message := agreed(None if problem is None else str(problem))) is not None:
-        raise TrainingError(message) from problem
+        raise RunError(message) from problem
     try:
         yield sinks
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kl_rl.models.config import DecoderConfig
-from kl_rl.models.weights import weight_shapes
+from kl_rl.models.parameters import weight_shapes
 
 __all__ = [
     "MESH_AXES",

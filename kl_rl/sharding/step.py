@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 
 from kl_rl.sharding.placement import is_frozen, replicated, shardings
 
-__all__ = ["Step", "jit_step"]
+__all__ = ["ShardedStep", "jit_step"]
 
 
-class Step:
+class ShardedStep:
     """A compiled ``(carried, *rest) -> (carried, info)``; made by ``jit_step``."""
 
     def __init__(self, step: Callable[..., Any], carried: Any, mesh: Mesh, donate: bool):
@@ -65,7 +65,7 @@ class Step:
         return self._compiled
 
 
-def jit_step(step: Callable[..., Any], carried: Any, mesh: Mesh, *, donate: bool = True) -> Step:
+def jit_step(step: Callable[..., Any], carried: Any, mesh: Mesh, *, donate: bool = True) -> ShardedStep:
     """Compile a step whose first argument comes back changed: ``algorithm.step``, or ``kl_rl.advance`` of a run.
 
     What is carried leaves with the shardings it came with, so that no call recompiles, and its memory is used again for
@@ -80,4 +80,4 @@ def jit_step(step: Callable[..., Any], carried: Any, mesh: Mesh, *, donate: bool
     Returns:
       The compiled step; with ``donate`` the state that went in must not be used again.
     """
-    return Step(step, carried, mesh, donate)
+    return ShardedStep(step, carried, mesh, donate)

@@ -5,14 +5,15 @@ from .checkpoint import SaveError as SaveError
 from .checkpoint import is_full as is_full
 from .checkpoint import outline as outline
 from .errors import BadRewardValue as BadRewardValue
+from .errors import RunError as RunError
 from .errors import Stopped as Stopped
-from .errors import TrainingError as TrainingError
 from .folder import OutputError as OutputError
 from .folder import Session as Session
 from .folder import clean as clean
 from .folder import opened as opened
 from .folder import provenance as provenance
 from .folder import write_atomically as write_atomically
+from .held import held as held
 from .journal import Journal as Journal
 from .journal import open_journal as open_journal
 from .loop import Kept as Kept

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["BadRewardValue", "Stopped", "TrainingError"]
+__all__ = ["BadRewardValue", "Stopped", "RunError"]
 
 
-class TrainingError(ValueError):
+class RunError(ValueError):
     """A run cannot start or go on; the message says why and what to do."""
 
 
-class BadRewardValue(TrainingError):
+class BadRewardValue(RunError):
     """The reward function raised, or returned something that is not a finite number."""
 
 

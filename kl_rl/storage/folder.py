@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import math
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import numpy as np
 
@@ -84,17 +84,16 @@ class Session:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / ".lock", "a")
+            self._lock = filelock.FileLock(folder / ".lock", timeout=0)
+            self._lock.acquire()
+        except filelock.Timeout as error:
+            message = "another process is writing to this folder; wait for it or choose another --out"
+            raise OutputError(f"{folder}: {message}") from error
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OutputError(f"{folder}: cannot write here: {reason}; choose another --out") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._check_settings(settings, resume)
-        except BlockingIOError as error:
-            self.close()
-            message = "another process is writing to this folder; wait for it or choose another --out"
-            raise OutputError(f"{folder}: {message}") from error
         except BaseException:
             self.close()
             raise
@@ -164,7 +163,7 @@ class Session:
 
     def close(self) -> None:
         """Release the folder."""
-        self._lock.close()
+        self._lock.release()
 
 
 @contextlib.contextmanager

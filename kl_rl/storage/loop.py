@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from kl_rl.storage.checkpoint import Checkpoints, DamagedCheckpoint
-from kl_rl.storage.errors import Stopped, TrainingError
+from kl_rl.storage.errors import RunError, Stopped
 from kl_rl.storage.journal import Journal, open_journal
 from kl_rl.storage.preemption import Preemption
 
@@ -71,14 +71,14 @@ def pick_up(
       What is kept, and where the run stands; None: at its beginning.
 
     Raises:
-      TrainingError: there are checkpoints and none can be used.
+      RunError: there are checkpoints and none can be used.
     """
     store = Checkpoints(folder / CHECKPOINTS)
     try:
         found = store.recover(like)
     except DamagedCheckpoint as error:
         store.close()
-        raise TrainingError(f"{error}; start again in another --out") from error
+        raise RunError(f"{error}; start again in another --out") from error
     for number, reason in found.damaged if found else ():
         say(
             f"warning: checkpoint {number} is damaged and was set aside; going on from an earlier one ({reason})"
@@ -106,7 +106,7 @@ def run_steps(
       tree: at step ``first``.
       first: steps done.
       steps: steps wanted.
-      advance: ``(tree, step) -> tree``; writes to the journal; a ``TrainingError`` must leave ``tree`` intact.
+      advance: ``(tree, step) -> tree``; writes to the journal; a ``RunError`` must leave ``tree`` intact.
       preemption: asked after every step.
       about: plain facts to save.
 
@@ -115,13 +115,13 @@ def run_steps(
 
     Raises:
       Stopped: on request, after saving.
-      TrainingError: of ``advance``, after saving.
+      RunError: of ``advance``, after saving.
     """
     offsets = kept.journal.sync()
     for step in range(first, steps):
         try:
             tree = advance(tree, step)
-        except TrainingError:
+        except RunError:
             if kept.store.latest != step:
                 kept.journal.sync()  # as far as the offsets at least
                 kept.store.save(step, tree, {"offsets": offsets, **about()})

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from kl_rl.storage.errors import TrainingError
+from kl_rl.storage.errors import RunError
 
 __all__ = ["Sink", "tensorboard_sink", "tracking_sink"]
 
@@ -28,7 +28,7 @@ def _package(name: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise TrainingError(f"this needs the package {name}: pip install 'kl-rl[{extra}]'") from error
+        raise RunError(f"this needs the package {name}: pip install 'kl-rl[{extra}]'") from error
 
 
 class _TensorBoard:
@@ -69,7 +69,7 @@ def tensorboard_sink(folder: Path, step: int) -> Sink:
       The sink.
 
     Raises:
-      TrainingError: without the package tensorboardX.
+      RunError: without the package tensorboardX.
     """
     package = _package("tensorboardX", "tensorboard")
     return _TensorBoard(package.SummaryWriter(str(folder), purge_step=step + 1))
@@ -88,7 +88,7 @@ def tracking_sink(name: str, project: str, run: str, config: Mapping[str, Any]) 
       The sink.
 
     Raises:
-      TrainingError: without the package.
+      RunError: without the package.
     """
     package = _package(name, name)
     known = {"id": run} if name == "wandb" else {}  # trackio knows runs by name

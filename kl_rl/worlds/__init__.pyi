@@ -2,8 +2,8 @@ from .generate import default_world as default_world
 from .generate import full_world as full_world
 from .generate import generate_world as generate_world
 from .schema import schema as schema
-from .truth import solve_by_dynamic_programming as solve_by_dynamic_programming
-from .truth import solve_by_enumeration as solve_by_enumeration
+from .solve import solve_by_dynamic_programming as solve_by_dynamic_programming
+from .solve import solve_by_enumeration as solve_by_enumeration
 from .validation import BadWorld as BadWorld
 from .world import World as World
 from .world import load_world as load_world

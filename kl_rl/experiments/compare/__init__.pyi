@@ -4,6 +4,6 @@ from .ground import make_ground as make_ground
 from .main import collect as collect
 from .main import finish as finish
 from .matched import matched as matched
-from .runner import Sizes as Sizes
+from .runner import Scale as Scale
 from .runner import train as train
 from .tabular import run_tabular as run_tabular

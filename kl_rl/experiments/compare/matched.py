@@ -12,7 +12,7 @@ import numpy as np
 
 __all__ = ["MEASURES", "grid", "matched", "summary"]
 
-MEASURES = ("reward", "kl", "P", "S", "C", "C_fwd", "C_JS", "entropy_gap", "kl_pstar_q")
+MEASURES = ("reward", "kl", "P", "S", "C", "C_fwd", "C_JS", "entropy_gap", "kl_pstar_q", "kl_q_law")
 LINEAR = ("reward", "entropy_gap")
 WIDEST_GAP = 1.5  # between two points interpolated, in units of the distance from the base
 Row = dict[str, Any]
@@ -30,7 +30,7 @@ def grid(law: list[list[float]], fractions: tuple[float, ...]) -> list[float]:
 
 
 def _along(points: list[Row], axis: str, target: float, origin: float) -> dict[str, float] | None:
-    """All measures at ``axis = target``; the base itself is the first point of every path.
+    """All measures that there are, at ``axis = target``; the base itself is the first point of every path.
 
     Divergences grow quadratically away from the base, so their square roots are interpolated linearly (and
     the KL axis likewise). Points too far apart are not bridged.
@@ -52,7 +52,9 @@ def _along(points: list[Row], axis: str, target: float, origin: float) -> dict[s
             return float(np.interp(aim, x, y))
         return float(np.interp(aim, x, np.sqrt(np.maximum(y, 0.0))) ** 2)
 
-    return {name: at(name) for name in MEASURES}
+    lawful = any(row.get("law_C") is not None for row in points)  # null is infinite, except without a law
+    known = lambda name: lawful if name == "kl_q_law" else name in points[0]
+    return {name: at(name) for name in MEASURES if known(name)}
 
 
 def matched(
@@ -89,12 +91,11 @@ def matched(
             if axis == "reward" and price is not None:
                 found = [v | {"P": price(target), "kl": price(target) + v["S"] + v["C"]} for v in found]
             entry: Row = {"method": method, "family": family, "target": target, "seeds": len(found)}
-            for name in MEASURES if found else ():
-                values = np.array([value[name] for value in found])
+            for name in found[0] if found else ():
+                values = np.array([value.get(name, np.nan) for value in found])
                 entry[name] = float(values.mean())
-                entry[f"{name}_stderr"] = (
-                    float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-                )
+                known = len(values) > 1 and np.isfinite(values).all()
+                entry[f"{name}_stderr"] = float(values.std(ddof=1) / np.sqrt(len(values))) if known else None
             out.append(entry)
     return out
 

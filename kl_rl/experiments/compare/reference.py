@@ -13,7 +13,7 @@ import numpy as np
 
 from kl_rl.exact.flows import vanilla_gradient_flow
 from kl_rl.experiments.compare.ground import Ground, mean_at_fraction
-from kl_rl.experiments.compare.runner import Sizes
+from kl_rl.experiments.compare.runner import Scale
 from kl_rl.methods import laws
 from kl_rl.methods.knobs import BETA, DRAWS, LEVEL, Knob, aim
 from kl_rl.methods.laws import normalized
@@ -70,7 +70,7 @@ def control_law(ground: Ground, beta: float, strength: float) -> tuple[np.ndarra
     return np.stack(spoiled), float(np.mean(losses))
 
 
-def reference_laws(ground: Ground, sizes: Sizes) -> list[ReferenceLaw]:
+def reference_laws(ground: Ground, sizes: Scale) -> list[ReferenceLaw]:
     """Exact rows: the posterior, best-of-n and the filter at the mean rewards aimed at, and the control.
 
     Args:

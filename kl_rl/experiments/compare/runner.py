@@ -23,7 +23,7 @@ from kl_rl.methods.memory import Source, fresh
 from kl_rl.methods.needs import Head
 from kl_rl.methods.optimizers import annealed_adam
 
-__all__ = ["Sizes", "Trained", "knob_values", "train"]
+__all__ = ["Scale", "Trained", "knob_values", "train"]
 
 
 # The programs here run for seconds, so compile time matters as much as speed.
@@ -32,7 +32,7 @@ DENSE = 8  # an early-stopped run is measured this many times more often: its pa
 GROUPS = 8  # of a prompt's samples, where groups are kept between steps: the finer, the better they mix
 
 
-class Sizes(NamedTuple):
+class Scale(NamedTuple):
     """Size of a comparison.
 
     Attributes:
@@ -95,7 +95,7 @@ def _source(method: Method, ground: Ground, num_samples: int) -> Source:
     )
 
 
-def _program(method: Method, ground: Ground, sizes: Sizes, num_steps: int):
+def _program(method: Method, ground: Ground, sizes: Scale, num_steps: int):
     """Two pure functions of (base, knob, ...): begin a run, and advance it one chunk."""
     source = _source(method, ground, sizes.num_samples)
     given = Given(
@@ -118,7 +118,7 @@ def _program(method: Method, ground: Ground, sizes: Sizes, num_steps: int):
     return begin, chunk
 
 
-def knob_values(method: Method, ground: Ground, sizes: Sizes) -> list[float]:
+def knob_values(method: Method, ground: Ground, sizes: Scale) -> list[float]:
     """Settings of a method's knob that aim at mean rewards some fractions of the way up.
 
     Args:
@@ -141,7 +141,7 @@ def knob_values(method: Method, ground: Ground, sizes: Sizes) -> list[float]:
 def train(
     method: Method,
     ground: Ground,
-    sizes: Sizes,
+    sizes: Scale,
     seeds: list[int],
     progress: Callable[[float, str], None] = lambda fraction, message: None,
 ) -> Trained:

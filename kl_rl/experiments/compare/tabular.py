@@ -13,7 +13,7 @@ from kl_rl.experiments.compare.ground import Ground, make_ground, mean_at_fracti
 from kl_rl.experiments.compare.matched import grid
 from kl_rl.experiments.compare.reference import flow_curves, reference_laws
 from kl_rl.experiments.compare.rows import against_law, exact_budgets, sampled_interval, target_law
-from kl_rl.experiments.compare.runner import Sizes, Trained, train
+from kl_rl.experiments.compare.runner import Scale, Trained, train
 from kl_rl.experiments.parallel import Board, in_parallel
 from kl_rl.methods import laws
 from kl_rl.methods.card import Method
@@ -36,7 +36,7 @@ def _interval(ground: Ground, law: np.ndarray, row: dict[str, Any], tag: int) ->
     return measured | {"C_in_interval": inside, "interval_samples": SAMPLED}
 
 
-def _reference_rows(ground: Ground, sizes: Sizes, extras: Any) -> list[dict[str, Any]]:
+def _reference_rows(ground: Ground, sizes: Scale, extras: Any) -> list[dict[str, Any]]:
     references = reference_laws(ground, sizes)
     betas = [r.knob_value if r.knob is BETA else None for r in references]
     budgets = exact_budgets(ground, np.stack([r.log_q for r in references]), betas)
@@ -69,7 +69,7 @@ def _stops(budgets: list[dict[str, float]], means: list[float]) -> list[int]:
 
 
 def _method_rows(
-    method: Method, trained: Trained, ground: Ground, sizes: Sizes, extras: Any
+    method: Method, trained: Trained, ground: Ground, sizes: Scale, extras: Any
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     means = [mean_at_fraction(ground, f) for f in sizes.fractions]
     stopped = method.knob is not None and method.knob.stops
@@ -111,7 +111,7 @@ def _flow_rows(ground: Ground, beta: float) -> list[dict[str, Any]]:
     return rows
 
 
-def _middle_beta(ground: Ground, sizes: Sizes) -> float:
+def _middle_beta(ground: Ground, sizes: Scale) -> float:
     mean = mean_at_fraction(ground, sizes.fractions[len(sizes.fractions) // 2])
     return aim(laws.tilt, ground.log_base, ground.reward, mean, BETA)
 
@@ -119,7 +119,7 @@ def _middle_beta(ground: Ground, sizes: Sizes) -> float:
 def run_tabular(
     world: World,
     methods: tuple[Method, ...],
-    sizes: Sizes,
+    sizes: Scale,
     session: Session,
     progress: Progress,
     extras: Callable[[Ground], Callable[[np.ndarray, dict[str, float]], dict[str, Any]]],
@@ -163,7 +163,7 @@ def run_tabular(
         board.tell(method.name, 1.0, f"{method.name}: {len(rows)} rows done")
 
 
-def describe(world: World, sizes: Sizes, ground: Ground) -> dict[str, Any]:
+def describe(world: World, sizes: Scale, ground: Ground) -> dict[str, Any]:
     """What the report says about the question.
 
     Kept as ``world.json``, so that an interrupted run can be reported too.

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kl_rl.models.config import DecoderConfig
-from kl_rl.models.weights import count_parameters
+from kl_rl.models.parameters import count_parameters
 from kl_rl.runs.job import mesh_of
 from kl_rl.runs.plan.compiled import Compiled, compile_program
 from kl_rl.runs.plan.flops import Flops, step_flops

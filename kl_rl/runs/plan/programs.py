@@ -14,7 +14,7 @@ from kl_rl.core.trajectories import Trajectories
 from kl_rl.methods.memory import Ring
 from kl_rl.models.config import DecoderConfig
 from kl_rl.models.decoder import decoder_policy
-from kl_rl.models.weights import init_weights
+from kl_rl.models.parameters import init_weights
 from kl_rl.runs.job import execution_of
 from kl_rl.runs.plan.setting import Setting
 from kl_rl.runs.programs import Held, Knobs, Shape, make_programs

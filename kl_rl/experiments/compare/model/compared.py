@@ -91,7 +91,7 @@ def compare_on_model(
       How it ended.
 
     Raises:
-      TrainingError, DataError: naming what cannot be used.
+      RunError, DataError: naming what cannot be used.
     """
 
     def between() -> None:

@@ -22,7 +22,7 @@ from kl_rl.runs.job import Inputs, Job, assemble, execution_of
 from kl_rl.runs.prompts import load_prompts, reader_of, split_rows
 from kl_rl.runs.returns import with_returns
 from kl_rl.runs.settings import Learning, Sizes
-from kl_rl.storage.errors import TrainingError
+from kl_rl.storage.errors import RunError
 
 __all__ = ["Comparison", "ModelGround", "Question", "open_ground"]
 
@@ -144,7 +144,7 @@ def open_ground(
       The ground.
 
     Raises:
-      TrainingError, DataError: naming what cannot be used.
+      RunError, DataError: naming what cannot be used.
     """
     question, sizes, execution = comparison.question, comparison.sizes, execution_of(comparison.learning)
     scored = load_reward(question.reward) if reward is None else reward
@@ -159,7 +159,7 @@ def open_ground(
     job = ground.job(Choice(METHODS[0], 1.0), seed=comparison.learning.seed)
     ground = ground._replace(drawn=base_column(job))
     if np.ptp(ground.reward) == 0:
-        raise TrainingError(
+        raise RunError(
             f"--reward {scored.name}: all {ground.reward.size} completions of the base model score "
             f"{ground.reward.flat[0]:g}: there is nothing to aim at; use another reward, a longer --horizon or "
             "other prompts"
@@ -171,7 +171,7 @@ def check_methods(methods: tuple[Method, ...], comparison: Comparison) -> None:
     """Refuse, before anything is opened, what a method needs and these sizes do not give.
 
     Raises:
-      TrainingError: naming the option.
+      RunError: naming the option.
     """
     for method in methods:
         low = 1.0 if method.knob is None or method.knob.option == "n" else 0.5

@@ -12,8 +12,8 @@ from kl_rl.experiments.compare.model.ground import Comparison, Question
 from kl_rl.rewards.host import HostReward, lexicon_reward
 from kl_rl.rewards.lexicon import default_reward
 from kl_rl.runs.pretrain import pretrain, read_text
-from kl_rl.runs.settings import Learning, PretrainPlan, Sizes
-from kl_rl.storage.errors import TrainingError
+from kl_rl.runs.settings import Learning, Pretraining, Sizes
+from kl_rl.storage.errors import RunError
 from kl_rl.storage.folder import write_atomically
 from kl_rl.storage.preemption import Preemption
 
@@ -44,7 +44,7 @@ def _standard_text(folder: Path) -> str:
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        raise TrainingError(
+        raise RunError(
             "this Python comes without pydoc_data.topics, the default text; name a text file instead"
         ) from None
     path = folder / "text.txt"
@@ -73,10 +73,10 @@ def text_base(
       The base.
 
     Raises:
-      TrainingError: the text cannot be used.
+      RunError: the text cannot be used.
       Stopped: asked for; it goes on from its checkpoint.
     """
-    plan = PretrainPlan(minutes=4.0 if minutes is None else minutes, layers=2)
+    plan = Pretraining(minutes=4.0 if minutes is None else minutes, layers=2)
     name = text or _standard_text(folder)
     data, out = read_text(name, plan.context), folder / "pretrained"
     out.mkdir(exist_ok=True)

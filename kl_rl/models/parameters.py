@@ -14,7 +14,7 @@ from kl_rl.core.policy import Policy
 from kl_rl.models.config import DecoderConfig, Execution
 from kl_rl.models.decoder import decoder_policy
 
-__all__ = ["Decoder", "count_parameters", "init_weights", "weight_shapes"]
+__all__ = ["DecoderModule", "count_parameters", "init_weights", "tied_rows", "weight_shapes"]
 
 Weights = dict[str, Any]
 _LARGE = 2**22  # entries of a matrix that is drawn by itself
@@ -125,7 +125,7 @@ def init_weights(key: jax.Array, config: DecoderConfig, dtype: Any = jnp.float32
     return jax.tree.unflatten(structure, [one(path, shape) for path, shape in shapes])
 
 
-class Decoder(nnx.Module):
+class DecoderModule(nnx.Module):
     """A decoder-only transformer as a flax.nnx module; ``policy()`` is how it enters the library.
 
     Args:
@@ -156,3 +156,16 @@ class Decoder(nnx.Module):
         """The module's present weights as a Policy with scorer and decoder."""
         weights = jax.tree.map(lambda p: p[...], self.weights, is_leaf=lambda x: isinstance(x, nnx.Param))
         return decoder_policy(self.config, weights, self.execution)
+
+
+def tied_rows(table: jax.Array, begin: int) -> jax.Array:
+    """Give every input id above ``begin`` the embedding of ``begin``: return tokens then start out meaning nothing.
+
+    Args:
+      table: embeddings; [V + extra, d].
+      begin: id of the begin mark.
+
+    Returns:
+      [V + extra, d].
+    """
+    return table.at[begin + 1 :].set(table[begin])

@@ -16,7 +16,7 @@ from kl_rl.worlds.world import World
 
 __all__ = [
     "ENUMERATION_LIMIT",
-    "Levels",
+    "ScoreLaw",
     "Tilted",
     "entropy",
     "group_scores",
@@ -46,7 +46,7 @@ class Tilted(NamedTuple):
     kl: float
 
 
-class Levels(NamedTuple):
+class ScoreLaw(NamedTuple):
     """The law of a score: distinct values, ascending, and their log-probabilities; [G] each."""
 
     value: np.ndarray
@@ -89,7 +89,7 @@ def entropy(log_prob: np.ndarray) -> float:
     return max(0.0, -float(np.sum(np.exp(log_prob) * log_prob)))
 
 
-def group_scores(leaves: Leaves) -> Levels:
+def group_scores(leaves: Leaves) -> ScoreLaw:
     """The law of the score; scores that differ by less than 1e-9 of the largest are one level."""
     order = np.argsort(leaves.score, kind="stable")
     score, prob = leaves.score[order], np.exp(leaves.log_prob[order])
@@ -98,14 +98,14 @@ def group_scores(leaves: Leaves) -> Levels:
     bounds = [*first.tolist(), len(score)]
     mass = [math.fsum(prob[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
     keep = np.array(mass) > 0
-    return Levels(score[first][keep], np.log(np.array(mass)[keep]))
+    return ScoreLaw(score[first][keep], np.log(np.array(mass)[keep]))
 
 
 def _pairs(value: np.ndarray, log_prob: np.ndarray) -> list[list[float]]:
     return [[float(v), float(p)] for v, p in zip(value, np.exp(log_prob), strict=True)]
 
 
-def _tilt_levels(levels: Levels, beta: float) -> np.ndarray:
+def _tilt_levels(levels: ScoreLaw, beta: float) -> np.ndarray:
     """Log-law of the score under p*; [G]."""
     return tilt(levels.log_prob, levels.value, beta).log_prob
 
@@ -179,7 +179,7 @@ def solve_by_dynamic_programming(
     return entries
 
 
-def _level_law(world: World, prompt: np.ndarray) -> Levels:
+def _level_law(world: World, prompt: np.ndarray) -> ScoreLaw:
     """The exact law of the score under p0, on its lattice."""
     states, vocab = world.automaton.next.shape
     limit = _GRAPH_LIMIT // (world.process.log_initial.shape[0] * (states + 1) * vocab)
@@ -189,10 +189,10 @@ def _level_law(world: World, prompt: np.ndarray) -> Levels:
     )
     log_prob = np.asarray(law, np.float64)
     reachable = log_prob > -np.inf
-    return Levels(lattice.values[reachable], log_prob[reachable])
+    return ScoreLaw(lattice.values[reachable], log_prob[reachable])
 
 
-def _level_moments(levels: Levels, beta: float) -> dict[str, float]:
+def _level_moments(levels: ScoreLaw, beta: float) -> dict[str, float]:
     tilted = tilt(levels.log_prob, levels.value, beta)
     mean = float(np.sum(np.exp(levels.log_prob) * levels.value))
     return {
