@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help compare test lint types test-slow throughput engine clean
+.PHONY: help compare test test-all lint types docs throughput engine clean
 
 help:
 	@echo "make compare      set up, run the main comparison (ARGS='--full' for the long one)"
 	@echo "make test         set up, lint, type check, default tests"
-	@echo "make test-slow    the tests marked slow"
+	@echo "make test-all     all tests, those marked slow, peer and gpu too (without a GPU these are skipped)"
+	@echo "make docs         what is generated in the documentation"
 	@echo "make throughput   the speed of the core: many seeds, dynamic programming"
 	@echo "make engine       the speed of the language-model engine (ARGS: peers to run beside it)"
 
@@ -35,8 +36,12 @@ test: lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m pytest -n 2 -m optimized $(ARGS) || test $$? -eq 5
 
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+test-all: lint types
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m '' $(ARGS)
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m pytest -n 2 -m optimized $(ARGS) || test $$? -eq 5
+
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
 
 engine: $(STAMP)
 	$(BIN)/python benchmarks/engine.py $(ARGS)

@@ -12,7 +12,15 @@ from kl_rl import exact
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior
 from kl_rl.core.rollouts import rollout
-from kl_rl.methods import BETA_OVER_STD, BETA_WIN_RATE, Given, Head, Method, bradley_terry, laws
+from kl_rl.methods import (
+    BETA_OVER_STD,
+    BETA_WIN_RATE,
+    Given,
+    Head,
+    Method,
+    bradley_terry,
+    laws,
+)
 from kl_rl.methods.conditioning import ReturnCounts, return_edges
 from kl_rl.methods.imitation import Frozen
 from kl_rl.methods.needs import Feed
@@ -93,6 +101,12 @@ def given(ground: Ground, optimizer, steps: int = 300) -> Given:
 def made(method: Method, ground: Ground, optimizer=None, **options):
     """The algorithm at the tests' knob."""
     return method.made(value_of(method), given(ground, optimizer or optax.sgd(1.0)), options)
+
+
+@functools.cache
+def compiled(method: Method, prompts: int = 1):
+    """A card's step, compiled once for all tests: (state, posterior, batch) -> (state, info)."""
+    return jax.jit(made(method, ground_with(prompts)).step)
 
 
 def posterior_of(method: Method, base: Policy, value=None) -> Posterior:

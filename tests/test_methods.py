@@ -10,6 +10,7 @@ import pytest
 from protocol import (
     HORIZON,
     batch_of,
+    compiled,
     conditionals,
     counts_of,
     given,
@@ -35,9 +36,8 @@ NAMED = {method.name: method for method in METHODS}
 
 
 def stepped(name, batch, ground, posterior=None):
-    algorithm = made(NAMED[name], ground)
-    state = algorithm.init(ground.base)
-    return state, *algorithm.step(state, posterior or posterior_of(NAMED[name], ground.base), batch)
+    state = made(NAMED[name], ground).init(ground.base)
+    return state, *compiled(NAMED[name])(state, posterior or posterior_of(NAMED[name], ground.base), batch)
 
 
 def test_decision_transformer_deploys_the_posterior_exactly():
@@ -97,16 +97,20 @@ def test_best_of_more_than_there_are_samples_is_refused():
 def test_a_temperature_that_is_not_positive_is_refused(beta):
     ground = ground_with(1)
     batch = batch_of(NAMED["rloo"], ground, ground.base, jax.random.key(0), 4)
+    algorithm = made(NAMED["rloo"], ground)
     with pytest.raises(ValueError, match="beta must be positive"):
-        stepped("rloo", batch, ground, Posterior(ground.base, Tilt(beta)))
+        algorithm.step(algorithm.init(ground.base), Posterior(ground.base, Tilt(beta)), batch)
 
 
 def test_a_reward_that_is_no_number_is_refused_where_rewards_are_read():
     ground = ground_with(1)
     batch = batch_of(NAMED["dpo"], ground, ground.base, jax.random.key(0), 4)
-    bad = batch._replace(reward=batch.reward.at[0, 2].set(jnp.nan))
+    bad, state = (
+        batch._replace(reward=batch.reward.at[0, 2].set(jnp.nan)),
+        made(NAMED["rloo"], ground).init(ground.base),
+    )
     with pytest.raises(ValueError, match=r"Trajectories.reward\[0, 2\] is nan"):
-        stepped("rloo", bad, ground)
+        made(NAMED["rloo"], ground).step(state, posterior_of(NAMED["rloo"], ground.base), bad)
     _, new, _ = stepped("dpo", bad, ground)  # comparisons do not read it
     assert np.isfinite(new.policy.params).all()
 
@@ -128,7 +132,7 @@ def test_what_pads_the_tokens_does_not_matter():
     assert (padded.tokens == -100).any()
     algorithm = made(method, ground)
     state, posterior = algorithm.init(ground.base), posterior_of(method, ground.base)
-    one, other = (algorithm.step(state, posterior, b)[0] for b in (batch, padded))
+    one, other = (compiled(method)(state, posterior, b)[0] for b in (batch, padded))
     np.testing.assert_array_equal(one.policy.params, other.policy.params)
     np.testing.assert_array_equal(one.heads[Head.VALUE].params, other.heads[Head.VALUE].params)
 
@@ -148,7 +152,7 @@ def test_the_base_sees_the_prompt_without_return_tokens():
     batch = batch_of(method, ground, ground.base, jax.random.key(0), 8)
     algorithm = made(method, ground)
     uniform = ground.base.with_params(jnp.zeros_like(ground.base.params))
-    _, info = algorithm.step(algorithm.init(uniform), posterior_of(method, ground.base), batch)
+    _, info = compiled(method)(algorithm.init(uniform), posterior_of(method, ground.base), batch)
     expected = -3 * np.log(3) - batch.log_behaviour.sum(-1).mean()
     np.testing.assert_allclose(info.log_ratio, expected, rtol=1e-9)
 
@@ -166,7 +170,8 @@ def source_on(ground, memory, num_samples=4):
 
 def test_raters_leave_the_gold_reward_alone():
     ground = ground_with(1)
-    batch, _ = source_on(ground, rated(), 64).draw((), jax.random.key(0), ground.base)
+    draw = jax.jit(lambda key: source_on(ground, rated(), 64).draw((), key, ground.base))
+    batch, _ = draw(jax.random.key(0))
     np.testing.assert_allclose(batch.reward, reward_fn(None, batch.tokens, batch.mask))
     assert set(np.unique(batch.label)) == {0.0, 1.0}
     np.testing.assert_array_equal(batch.label[:, 0::2] + batch.label[:, 1::2], 1.0)
@@ -180,10 +185,11 @@ def test_replay_keeps_the_fields_of_a_group_together():
     source, posterior = source_on(ground, replay(share=0.7, batches=3)), Posterior(ground.base, Tilt(1.0))
     kept = source.init(jax.random.key(0), posterior)
     assert kept.data.reward.shape == (9, 4)
+    draw, score = jax.jit(source.draw), jax.jit(kl_rl.score)
     for i in range(6):
-        batch, kept = source.draw(kept, jax.random.key(i), ground.base)
+        batch, kept = draw(kept, jax.random.key(i), ground.base)
         np.testing.assert_allclose(batch.reward, reward_fn(None, batch.tokens, batch.mask))
-        np.testing.assert_allclose(batch.log_behaviour, kl_rl.score(ground.base, batch), rtol=1e-9)
+        np.testing.assert_allclose(batch.log_behaviour, score(ground.base, batch), rtol=1e-9)
     small = kept._replace(data=kept.data.map_prompts(lambda x: x[:2]))
     with pytest.raises(ValueError, match="a ring of 2 groups cannot hold a batch of 3"):
         source.draw(small, jax.random.key(0), ground.base)

@@ -25,7 +25,7 @@ def test_readme_has_an_example():
     assert 10 <= len(examples) <= 16
 
 
-COMMANDS = "compare exact measure pretrain train sample plan".split()
+COMMANDS = "compare methods exact measure pretrain train sample plan".split()
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

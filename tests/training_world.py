@@ -17,10 +17,13 @@ FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "model/model.saf
 
 def knob_of(method: str) -> dict[str, float]:
     """The option that says how far a method goes, and where it stands in the tests."""
-    from kl_rl.methods import method_named
+    from kl_rl.methods import METHODS
 
-    knob = method_named(method).knob
-    return {} if knob is None or knob.default is None else {knob.option: {"beta": 0.5, "n": 2.0}[knob.option]}
+    known = [card for card in METHODS if method in (card.name, card.family)]
+    knob = known[0].knob if known else None
+    if knob is None or knob.default is None:
+        return {}
+    return {knob.option: {"beta": 0.5, "n": 2.0}.get(knob.option, knob.default)}
 
 
 class World(NamedTuple):

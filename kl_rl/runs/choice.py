@@ -40,8 +40,8 @@ def _those(permission: str) -> str:
     return ", ".join(method.name for method in METHODS if getattr(method.needs, permission))
 
 
-def _value(method: Method, task: Task) -> float:
-    """Where the knob stands."""
+def _value(method: Method, task: Task, said: str | None) -> float:
+    """Where the knob stands: by its own option, or among those of ``--set``, as a card of one's own may have it."""
     knob = method.knob
     for other in ("beta", "n", "threshold", "fraction"):
         if getattr(task, other) is not None and (knob is None or other != knob.option):
@@ -50,6 +50,13 @@ def _value(method: Method, task: Task) -> float:
     if knob is None:
         return 0.0
     value = getattr(task, knob.option, None)
+    if said is not None:
+        if value is not None:
+            raise RunError(f"--{knob.option} is given twice: {value:g}, and by --set")
+        try:
+            value = float(said)
+        except ValueError:
+            raise RunError(f"--set {knob.option} must be a number; got {said!r}") from None
     value = knob.default if value is None else value
     if value is None:
         raise RunError(f"{method.name} needs --{knob.option}, the {knob.unit}")
@@ -109,11 +116,13 @@ def choose(task: Task, sizes: Sizes, learning: Learning) -> Choice:
     """
     try:
         method = method_named(task.method)
-        options = parsed_options(method, task.options)
+        knob = None if method.knob is None else f"{method.knob.option}="
+        said = [text for text in task.options if knob and text.startswith(knob)]
+        options = parsed_options(method, [text for text in task.options if text not in said])
     except ValueError as error:
         raise RunError(str(error)) from error
     memory = method.memory if task.data is None else given()
     method = method._replace(options={**method.options, **options}, memory=memory)
-    choice = Choice(method, _value(method, task))
+    choice = Choice(method, _value(method, task, said[-1].partition("=")[2] if said else None))
     check_choice(choice, sizes, learning)
     return choice

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
+from kl_rl.methods.catalogue import method_named
 from kl_rl.models.config import DecoderConfig
 from kl_rl.runs.choice import Choice, choose
 from kl_rl.runs.settings import Learning, Sizes, Task
@@ -65,8 +67,10 @@ class Setting:
 
     def choice(self) -> Choice:
         """The method; its knob stands anywhere, since no program depends on it."""
-        anywhere = Task(self.method, base="", prompts="", reward="", threshold=0.0)
-        return choose(anywhere, self.sizes, Learning(twist=self.twist))
+        knob = method_named(self.method).knob
+        anywhere: dict[str, Any] = {} if knob is None or knob.default is not None else {knob.option: 0.0}
+        task = Task(self.method, base="", prompts="", reward="", **anywhere)
+        return choose(task, self.sizes, Learning(twist=self.twist))
 
     def check(self, config: DecoderConfig) -> None:
         """Refuse sizes that cannot be.
