@@ -168,7 +168,12 @@ def _run_world(args: argparse.Namespace, folder: Path, progress) -> dict[str, An
         except KeyboardInterrupt:
             ended = {"stopped": "interrupted", "code": 130}
         if not opened.rows("results.jsonl"):
-            raise KeyboardInterrupt
+            if not clock.over:
+                raise KeyboardInterrupt
+            raise ValueError(
+                f"--minutes {args.minutes:g}: the time is over, and the base model is not measured yet; "
+                f"go on with the same options and --out {folder} --resume"
+            )
         progress(1.0, "report")
         data = main.finish(opened, json.loads((folder / "world.json").read_text()))
     return data | ended
@@ -220,7 +225,12 @@ def _run_model(args: argparse.Namespace, folder: Path, progress: Progress) -> di
             comparison, reward, about = made
         outcome = compare_on_model(comparison, methods, opened, clock, part, reward=reward, about=about)
         if not opened.rows("results.jsonl"):
-            raise KeyboardInterrupt
+            if not clock.over:
+                raise KeyboardInterrupt
+            raise ValueError(
+                f"--minutes {args.minutes:g}: the time is over, and the base model is not measured yet; "
+                f"go on with the same options and --out {folder} --resume"
+            )
         progress(1.0, "report")
         data = main.finish(opened, json.loads((folder / "world.json").read_text()), collect_model)
     return data | {"missing": outcome.missing, "stopped": outcome.stopped, "code": outcome.code}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import difflib
 from collections.abc import Sequence
 
@@ -62,7 +63,7 @@ def methods_named(names: Sequence[str] | None) -> tuple[Method, ...]:
       The cards, those of the library in its order, then those of one's own.
 
     Raises:
-      ValueError: an unknown name; the message lists all, and what may have been meant.
+      ValueError: an unknown name; the message lists all, and what may have been meant. Two cards of one name.
     """
     if not names:
         return METHODS
@@ -70,7 +71,11 @@ def methods_named(names: Sequence[str] | None) -> tuple[Method, ...]:
     for name in names:
         if name not in own and not any(name in (m.name, m.family) for m in METHODS):
             raise _unknown(name)
-    return (*(m for m in METHODS if m.name in names or m.family in names), *own.values())
+    found = (*(m for m in METHODS if m.name in names or m.family in names), *own.values())
+    count = collections.Counter(method.name for method in found)
+    if twice := [name for name, times in count.items() if times > 1]:
+        raise ValueError(f"two methods are called {twice[0]}: give your own card another name")
+    return found
 
 
 def method_named(name: str) -> Method:
