@@ -22,6 +22,7 @@ from kl_rl.rewards.host import HostReward, load_reward, rewards_of
 from kl_rl.rewards.values import one_by_one
 from kl_rl.runs import (
     Diverged,
+    Files,
     Learning,
     Pretraining,
     Saving,
@@ -41,6 +42,7 @@ from kl_rl.runs.returns import padded_edges
 from kl_rl.runs.step import blank, decoded
 from kl_rl.storage.checkpoint import Checkpoints
 from kl_rl.storage.errors import BadRewardValue, RunError, Stopped
+from kl_rl.storage.preemption import Preemption
 
 TINY = Pretraining(steps=200, width=32, layers=1, heads=2, context=40, batch=16, learning_rate=5e-3)
 SIZES = Sizes(steps=4, batch=2, num_samples=4, horizon=8, held_out=2, eval_every=2, eval_samples=4)
@@ -61,6 +63,14 @@ def asked(world, method, *, lora=0, on_bad_reward="stop", reward=None, sizes=SIZ
     return Settings(
         task, sizes, Learning(1e-2, lora, **learning), Saving(save_every=2, on_bad_reward=on_bad_reward)
     )
+
+
+def trained(settings, folder, *, change=lambda job: job, **told):
+    """As the command trains: a signal stops it between two steps."""
+    with Preemption() as preemption:
+        return train(
+            change(make_job(settings)), Files(folder, settings.saving.save_every), preemption, **told
+        )
 
 
 def stop_after(step):
@@ -113,13 +123,13 @@ def test_a_stopped_run_resumes_bit_equal(name, world, tmp_path):
     """Weights and files of four steps in one go, and of three, a stop, and one more in fresh objects."""
     settings = asked(world, name.removesuffix("-lora"), lora=2 * name.endswith("-lora"))
     whole, part = fresh_folder(tmp_path, "whole"), fresh_folder(tmp_path, "part")
-    train(settings, whole)
+    trained(settings, whole)
     with pytest.raises(Stopped):
-        train(settings, part, progress=stop_after(3))
-    assert train(settings, part)["resumed"] == 3
+        trained(settings, part, progress=stop_after(3))
+    assert trained(settings, part)["resumed"] == 3
     assert contents(part) == contents(whole)
-    trained, base = (load_checkpoint(x / "model").weights for x in (whole, world.base))
-    changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), trained["layers"], base["layers"])
+    learned, base = (load_checkpoint(x / "model").weights for x in (whole, world.base))
+    changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), learned["layers"], base["layers"])
     assert any(jax.tree.leaves(changed))
 
 
@@ -127,25 +137,25 @@ def test_rows_written_after_the_checkpoint_are_cut_back(world, tmp_path):
     """As after SIGKILL: files are ahead of the newest checkpoint, the last line in pieces."""
     settings = asked(world, "rlhf")
     whole, part = fresh_folder(tmp_path, "whole"), fresh_folder(tmp_path, "part")
-    train(settings, whole)
+    trained(settings, whole)
     with pytest.raises(Stopped):
-        train(settings, part, progress=stop_after(3))
+        trained(settings, part, progress=stop_after(3))
     for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
         with open(part / name, "a") as file:
             file.write('{"step": 4, "lo')
-    train(settings, part)
+    trained(settings, part)
     assert contents(part) == contents(whole)
 
 
 def test_a_damaged_newest_checkpoint_falls_back_with_a_warning(world, tmp_path):
     settings, said = asked(world, "rlhf"), []
     whole, part = fresh_folder(tmp_path, "whole"), fresh_folder(tmp_path, "part")
-    train(settings, whole)
+    trained(settings, whole)
     with pytest.raises(Stopped):
-        train(settings, part, progress=stop_after(3))
+        trained(settings, part, progress=stop_after(3))
     largest = max((part / "checkpoints" / "3").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    assert train(settings, part, say=said.append)["resumed"] == 2
+    assert trained(settings, part, say=said.append)["resumed"] == 2
     assert len(said) == 1 and "checkpoint 3 is damaged" in said[0]
     assert (part / "checkpoints.damaged" / "3").is_dir()
     assert contents(part) == contents(whole)
@@ -236,12 +246,10 @@ def test_what_diverges_is_never_saved(name, world, tmp_path, monkeypatch):
 
         return job._replace(programs=job.programs._replace(step=step))
 
-    module = sys.modules["kl_rl.runs.train"]
-    monkeypatch.setattr(module, "make_job", lambda settings: ruined(make_job(settings)))
     settings, folder = asked(world, "rlhf"), fresh_folder(tmp_path, "run")
     settings = dataclasses.replace(settings, saving=Saving(save_every=1))
     with pytest.raises(Diverged, match=f"step 3: {name} is nan"):
-        train(settings, folder)
+        trained(settings, folder, change=ruined)
     store = Checkpoints(folder / "checkpoints")
     assert store.latest == 2
     store.close()
@@ -256,7 +264,7 @@ def test_texts_in_pieces_a_model_as_reward_and_every_option(world, tmp_path):
     )
     learning = Learning(1e-2, temperature=0.8, compute_dtype="bfloat16", scan_layers=True, remat=True, seed=3)
     folder = fresh_folder(tmp_path, "run")
-    result = train(Settings(task, SIZES, learning), folder)
+    result = trained(Settings(task, SIZES, learning), folder)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and result["steps"] == 4
     assert all(row["reward"] < 0 for row in rows)  # log-likelihoods
@@ -372,12 +380,12 @@ def test_a_run_goes_on_with_another_mesh(world, tmp_path):
     """Three steps on one device, then one on two by two by two: equal to four on one device, to rounding."""
     sizes = dataclasses.replace(SIZES, batch=4)
     whole, part = fresh_folder(tmp_path, "whole"), fresh_folder(tmp_path, "part")
-    train(asked(world, "rlhf", sizes=sizes), whole)
+    trained(asked(world, "rlhf", sizes=sizes), whole)
     with pytest.raises(Stopped):
-        train(asked(world, "rlhf", sizes=sizes), part, progress=stop_after(3))
+        trained(asked(world, "rlhf", sizes=sizes), part, progress=stop_after(3))
     moved = asked(world, "rlhf", sizes=sizes, mesh=(("data", 2), ("fsdp", 2), ("tensor", 2)))
     assert moved.compared() == asked(world, "rlhf", sizes=sizes).compared()
-    assert train(moved, part)["resumed"] == 3
+    assert trained(moved, part)["resumed"] == 3
     rows = [
         [json.loads(line) for line in (x / "metrics.jsonl").read_text().splitlines()] for x in (whole, part)
     ]
@@ -472,10 +480,10 @@ def test_a_prompt_is_trained_on_or_held_out():
 def test_a_run_on_data_resumes_bit_equal(world, tmp_path):
     settings = with_data(asked(world, "dpo"), data_file(world, tmp_path, "pairs"))
     whole, part = fresh_folder(tmp_path, "whole"), fresh_folder(tmp_path, "part")
-    result = train(settings, whole)
+    result = trained(settings, whole)
     with pytest.raises(Stopped):
-        train(settings, part, progress=stop_after(3))
-    assert train(settings, part)["resumed"] == 3
+        trained(settings, part, progress=stop_after(3))
+    assert trained(settings, part)["resumed"] == 3
     assert contents(part) == contents(whole)
     assert result["kl"] > 0.0 and result["held_out"]
 
@@ -484,7 +492,7 @@ def test_nothing_learned_is_said(world, tmp_path):
     """No completion reaches the threshold; and of one prompt none is held out."""
     settings, said = asked(world, "filter", sizes=dataclasses.replace(SIZES, held_out=0)), []
     task = dataclasses.replace(settings.task, threshold=1e6)
-    result = train(dataclasses.replace(settings, task=task), fresh_folder(tmp_path, "run"), say=said.append)
+    result = trained(dataclasses.replace(settings, task=task), fresh_folder(tmp_path, "run"), say=said.append)
     assert said[1:] == [
         "warning: no sample had any weight (no reward passed) in any step: nothing was learned"
     ]
@@ -494,7 +502,7 @@ def test_nothing_learned_is_said(world, tmp_path):
 def test_measurements_start_at_zero(world, tmp_path):
     """Before the first step q is p0: every divergence is 0 up to rounding."""
     folder, said = fresh_folder(tmp_path, "run"), []
-    train(asked(world, "rlhf"), folder, say=said.append)
+    trained(asked(world, "rlhf"), folder, say=said.append)
     assert len(said) == 1 and "rounded" not in said[0] and "words" in said[0]  # how the word list was read
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 2, 4]

@@ -168,12 +168,7 @@ def _run_world(args: argparse.Namespace, folder: Path, progress) -> dict[str, An
         except KeyboardInterrupt:
             ended = {"stopped": "interrupted", "code": 130}
         if not opened.rows("results.jsonl"):
-            if not clock.over:
-                raise KeyboardInterrupt
-            raise ValueError(
-                f"--minutes {args.minutes:g}: the time is over, and the base model is not measured yet; "
-                f"go on with the same options and --out {folder} --resume"
-            )
+            raise KeyboardInterrupt
         progress(1.0, "report")
         data = main.finish(opened, json.loads((folder / "world.json").read_text()))
     return data | ended

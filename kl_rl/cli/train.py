@@ -208,10 +208,12 @@ def run(args: argparse.Namespace) -> int:
     from kl_rl.cli.running import said_how_to_resume
     from kl_rl.huggingface.opened import model_folder
     from kl_rl.runs.choice import choose
-    from kl_rl.runs.train import train
+    from kl_rl.runs.job import make_job
+    from kl_rl.runs.train import Files, train
     from kl_rl.sharding.processes import is_first
     from kl_rl.storage.fingerprint import fingerprint
     from kl_rl.storage.held import held
+    from kl_rl.storage.preemption import Preemption
 
     settings, folder = _settings(args), Path(args.out)
     choose(settings.task, settings.sizes, settings.learning)
@@ -232,8 +234,13 @@ def run(args: argparse.Namespace) -> int:
     ):
         quiet = lambda fraction, message: None
         progress = quiet if args.quiet or not is_first() else _sparse(live, settings.sizes.steps)
-        with contextlib.redirect_stdout(sys.stderr):  # what a reward prints is no result
-            result = train(settings, folder, progress=progress, make_sinks=_sinks(args, folder, settings))
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            Preemption() as preemption,
+        ):  # what a reward prints is no result
+            progress(0.0, "opening the base model")
+            files = Files(folder, settings.saving.save_every, _sinks(args, folder, settings))
+            result = train(make_job(settings), files, preemption, progress=progress)
         if is_first() and not args.no_png:
             from kl_rl.report.curves import draw_curves
 

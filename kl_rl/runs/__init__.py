@@ -4,7 +4,7 @@
     held = open_run(job)
     held, row = take_step(job, held, step)
 
-``train`` is that loop with checkpoints, measurements and files around it.
+``train(job, files, preemption)`` is that loop with checkpoints, measurements and files around it.
 """
 
 import lazy_loader as lazy

@@ -22,4 +22,3 @@ from .step import open_run as open_run
 from .step import take_step as take_step
 from .train import Files as Files
 from .train import train as train
-from .train import train_job as train_job

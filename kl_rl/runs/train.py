@@ -13,9 +13,8 @@ import numpy as np
 
 from kl_rl.runs.evaluate import evaluation
 from kl_rl.runs.export import export
-from kl_rl.runs.job import Job, make_job
+from kl_rl.runs.job import Job
 from kl_rl.runs.programs import Held
-from kl_rl.runs.settings import Settings
 from kl_rl.runs.step import blank, open_run, take_step
 from kl_rl.sharding.processes import agreed, is_first
 from kl_rl.storage.checkpoint import outline
@@ -24,7 +23,7 @@ from kl_rl.storage.loop import Kept, Position, pick_up, run_steps, to_stderr
 from kl_rl.storage.preemption import Preemption
 from kl_rl.storage.trackers import Sink
 
-__all__ = ["FILES", "Files", "train", "train_job"]
+__all__ = ["FILES", "Files", "train"]
 
 METRICS, EVALUATIONS, SAMPLES = FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
 TIMING = "timing.jsonl"  # seconds differ from run to run: kept apart from what is compared bit for bit
@@ -45,37 +44,6 @@ def _silent(fraction: float, message: str) -> None:
     """No progress report."""
 
 
-def train(
-    settings: Settings,
-    folder: Path,
-    *,
-    progress: Progress = _silent,
-    say: Say = to_stderr,
-    make_sinks: MakeSinks = lambda step: (),
-) -> dict[str, Any]:
-    """Fine-tune in a folder, see ``train_job``.
-
-    Args:
-      settings: what is asked.
-      folder: of the run.
-      progress: called with a fraction of the work and a message.
-      say: told what a person should know.
-      make_sinks: given the steps done, where else numbers go.
-
-    Returns:
-      The last measurement, and ``steps``, ``resumed`` (steps done before).
-
-    Raises:
-      Stopped: by SIGTERM or Ctrl-C, after saving.
-      RunError, Diverged, SaveError: see the modules.
-    """
-    with Preemption() as preemption:
-        progress(0.0, "opening the base model")
-        job = make_job(settings)
-        files = Files(folder, settings.saving.save_every, make_sinks)
-        return train_job(job, files, preemption, progress=progress, say=say)
-
-
 class Files(NamedTuple):
     """Where a run writes.
 
@@ -94,7 +62,7 @@ class Files(NamedTuple):
     measure_first: bool = True
 
 
-def train_job(
+def train(
     job: Job, files: Files, preemption: Preemption, *, progress: Progress = _silent, say: Say = to_stderr
 ) -> dict[str, Any]:
     """Run the method to its last step, from the newest whole checkpoint of the folder if there is one.

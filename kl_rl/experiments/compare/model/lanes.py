@@ -19,7 +19,7 @@ from kl_rl.methods.card import Method
 from kl_rl.methods.knobs import BETA
 from kl_rl.runs.choice import Choice
 from kl_rl.runs.step import Diverged
-from kl_rl.runs.train import Files, train_job
+from kl_rl.runs.train import Files, train
 from kl_rl.storage.errors import Stopped
 from kl_rl.storage.preemption import Preemption
 
@@ -148,7 +148,7 @@ def run_lane(
     files = Files(folder, max(1, sizes.steps // 4), export=False, measure_first=False)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        train_job(job, files, clock, progress=progress, say=lambda message: None)
+        train(job, files, clock, progress=progress, say=lambda message: None)
     except Diverged as error:
         return [_row(lane, {"step": sizes.steps, "failed": str(error), "reward": None}, {"rows": 1})]
     seconds = time.perf_counter() - started

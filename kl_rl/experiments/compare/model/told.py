@@ -76,7 +76,9 @@ def collect_model(folder: Path, rows: list[Row], curves: list[Row], facts: Row) 
     path = [r for r in usable if r["method"] not in ("base", "control") and r["knob"] != "none"]
     targets = [float(t) for t in facts["targets"]]
     table = matched(path, "reward", targets, facts["base_reward_mean"], price)
-    answer = summary(table, targets[0]) + " All of these are estimates; every run has its intervals in the report."
+    answer = (
+        summary(table, targets[0]) + " All of these are estimates; every run has its intervals in the report."
+    )
     world = facts | {
         "subtitle": f"Measured on {facts['prompts_measured']} held-out prompts with {facts['samples']} completions of "
         "either model: estimates with 95 % intervals for these prompts."
