@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 __all__ = [
-    "log_mean_exp",
     "masked_mean",
     "masked_sum",
     "multiply_no_nan",
@@ -69,11 +68,6 @@ def safe_log_softmax(logits: jax.Array, axis: int = -1) -> jax.Array:
     shifted = logits - _finite_max(logits, axis)
     total = jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True)
     return shifted - jnp.log(jnp.where(total == 0, 1.0, total))
-
-
-def log_mean_exp(x: jax.Array, axis: int = -1) -> jax.Array:
-    """``log mean exp x`` along an axis; -inf where every entry is -inf."""
-    return jax.nn.logsumexp(x, axis=axis) - jnp.log(x.shape[axis])
 
 
 def xlogy_difference(p: jax.Array, log_p: jax.Array, log_q: jax.Array) -> jax.Array:

@@ -38,10 +38,6 @@ def completion_layout(prompt: jax.Array, tokens: jax.Array) -> Layout:
     return Layout(positions, jnp.ones_like(positions))
 
 
-def _shape(tokens: jax.Array, x: jax.Array) -> jax.Array:
-    return x.reshape(*tokens.shape, *x.shape[1:])
-
-
 def completion_hidden(
     config: DecoderConfig, execution: Execution, weights: Any, prompt: jax.Array, tokens: jax.Array
 ) -> jax.Array:
