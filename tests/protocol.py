@@ -32,6 +32,13 @@ VALUES = {"beta": 0.8, "n": 4.0, "threshold": 2.0, "fraction": 0.3}
 K = 512
 
 
+def sparse(ground: "Ground") -> "Ground":
+    """Rewards that differ between prompts: the second has no spread, the third never reaches the best levels."""
+    reward = ground.reward.copy()
+    reward[1], reward[2] = 1.0, np.minimum(reward[2], 1.0)
+    return ground._replace(reward=reward)
+
+
 class Ground(NamedTuple):
     """Prompts of two tokens, the begin mark and another; 27 strings, five rewards; p0 differs from prompt to prompt."""
 

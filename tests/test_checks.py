@@ -11,11 +11,12 @@ from decoders import CONFIGS, policy_of, random_weights, scanned
 from flax import nnx
 
 import kl_rl
-from kl_rl import Policy, Posterior, Tilt, check_policy
+from kl_rl import Policy, Posterior, Tilt, check_policy, methods
 from kl_rl.core.mixtures import mixture
 from kl_rl.core.policy import Decoder
 from kl_rl.models import decoder_twist, lora_policy, small_policy, table_policy, table_twist
 
+SGD = optax.sgd(0.1)
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
@@ -206,3 +207,77 @@ def test_base_and_evidence_in_the_wrong_order_are_refused():
 def test_policies_print_in_one_line():
     assert repr(table()).count("\n") == 0 and "parameters" in repr(table())
     assert len(repr(policy_of("gemma3"))) < 100
+
+
+def test_numbers_out_of_range_are_refused_by_name():
+    head = table_twist(3, 3)
+    table = {
+        "epochs must be at least 1; got 0": lambda: methods.ppo(optimizer=SGD, twist=head, epochs=0),
+        "clip must be above 0; got -1": lambda: methods.grpo(optimizer=SGD, clip=-1.0),
+        "decay must be at least 0 and at most 1; got nan": lambda: methods.ppo(
+            optimizer=SGD, twist=head, decay=np.nan
+        ),
+        "window must be at least 1; got 0": lambda: methods.path_consistency(
+            optimizer=SGD, twist=head, window=0
+        ),
+        "alpha must be at least 0 and at most 1; got 5": lambda: methods.alpha_divergence(5.0, optimizer=SGD),
+        "n must be at least 1; got 0": lambda: methods.best_of_n(0, optimizer=SGD),
+        "share must be at least 0 and at most 1; got 7": lambda: methods.replay(share=7),
+        "batches must be at least 1; got 0": lambda: methods.logged(0),
+    }
+    for message, call in table.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    for n in (np.int64(9), jnp.float32(9.0)):
+        assert methods.best_of_n(n, optimizer=SGD).needs.samples == 9
+
+
+def test_batches_with_values_that_cannot_be_are_refused():
+    policy = table_policy(jax.random.key(0), 3, 3)
+    batch = kl_rl.core.rollout(
+        policy, jax.random.key(1), jnp.zeros((1, 1), jnp.int32), lambda p, t, m: t.sum(-1) * 1.0,
+        num_samples=4, horizon=2,
+    )  # fmt: skip
+    posterior, rwr = Posterior(policy, Tilt(1.0)), methods.reward_weighted(optimizer=SGD)
+    wrong = {
+        r"tokens\[0, 0, 0\] is 7: it must be an id from 0 to 2": {"tokens": batch.tokens.at[0, 0, 0].set(7)},
+        "tokens must be whole numbers; got float": {"tokens": batch.tokens * 1.0},
+        r"log_behaviour\[0, 1, 0\] is nan": {"log_behaviour": batch.log_behaviour.at[0, 1, 0].set(np.nan)},
+        r"reward\[0, 2\] is nan": {"reward": batch.reward.at[0, 2].set(np.nan)},
+    }
+    for message, change in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            rwr.step(rwr.init(policy), posterior, batch._replace(**change))
+    dpo = methods.dpo(optimizer=SGD)
+    with pytest.raises(ValueError, match=r"label\[0, 0\] is nan"):
+        dpo.step(dpo.init(policy), posterior, batch._replace(label=jnp.full((1, 4), np.nan)))
+    for evidence in (1.0, Tilt):
+        with pytest.raises(TypeError, match="must be evidence such as Tilt"):
+            rwr.step(rwr.init(policy), Posterior(policy, evidence), batch)
+
+
+def test_slow_copies_share_what_is_shared_and_follow_at_a_rate():
+    head = dataclasses.replace(table_twist(3, 3), shared=jax.random.key(0))
+    needs = methods.Needs(heads=(methods.Head.VALUE,))
+    made = lambda targets: methods.gradient_algorithm(
+        lambda *_: None, optimizer=SGD, needs=needs, heads={methods.Head.VALUE: head}, targets=targets
+    )
+    state = made({methods.Head.VALUE: 0.5}).init(table_policy(jax.random.key(0), 3, 3))
+    assert state.targets["value"].shared is head.shared and state.targets["value"].params is not head.params
+    for targets, message in (
+        ({methods.Head.VALUE: 5.0}, "at most 1"),
+        ({methods.Head.Q: 0.5}, "none called"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made(targets)
+
+
+def test_attention_in_training_mode_is_refused():
+    class Attends(nnx.Module):
+        def __init__(self, rngs):
+            self.attend = nnx.MultiHeadAttention(
+                2, 4, dropout_rate=0.5, deterministic=False, decode=False, rngs=rngs
+            )
+
+    with pytest.raises(ValueError, match=r"attend \(MultiHeadAttention\) is in training mode"):
+        kl_rl.from_nnx(Attends(nnx.Rngs(0)))

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from kl_rl.experiments.compare.main import frontier_price
+from kl_rl.experiments.compare.main import frontier_of, price_along
 from kl_rl.experiments.compare.matched import matched
 from kl_rl.methods import METHODS, laws
 
@@ -182,17 +182,25 @@ def test_interpolation_is_exact_where_divergences_are_quadratic():
     np.testing.assert_allclose(
         [entry["C_fwd"], entry["entropy_gap"], entry["kl"]], [0.5 * 0.49, 1.4, 0.3 * 0.49]
     )
-    assert missed == {"method": "m", "family": "f", "target": 9.0, "seeds": 0}
+    assert missed == {"method": "m", "family": "f", "target": 9.0, "seeds": 0, "passed": False}
     at_kl = matched(rows, "kl", [0.3 * 1.5**2], base_reward=1.0)[0]
     np.testing.assert_allclose([at_kl["reward"], at_kl["C"]], [2.5, 0.1 * 1.5**2])
 
 
 def test_the_frontier_is_the_price():
     """A fair coin: P(mu) = log 2 - H(mu)."""
-    _, price = frontier_price([[0.0, 0.5], [1.0, 0.5]])
+    price = price_along(frontier_of(np.log([[0.5, 0.5]]), np.array([[0.0, 1.0]])))
     for mu in (0.5, 0.6, 0.9):
         entropy = -mu * np.log(mu) - (1 - mu) * np.log(1 - mu)
         assert price(mu) == pytest.approx(np.log(2) - entropy, abs=1e-4)
+
+
+def test_the_frontier_of_several_prompts_has_a_law_for_each():
+    """No policy chooses its prompts: coins that pay 0 or 1, and 10 or 11, are priced as one coin is."""
+    fair = np.log(np.full((2, 2), 0.5))
+    one = price_along(frontier_of(fair[:1], np.array([[0.0, 1.0]])))
+    both = price_along(frontier_of(fair, np.array([[0.0, 1.0], [10.0, 11.0]])))
+    assert both(5.8) == pytest.approx(one(0.8), abs=1e-4)
 
 
 def test_best_of_n_law_is_that_of_the_best_of_n_draws(tiny):

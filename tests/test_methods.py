@@ -204,19 +204,19 @@ def soft_q(optimizer, q, decay):
     """Soft Q-learning relative to p0 with a slow target: Q(s, a) is the log-twist after a, q = p0 e^Q normalized."""
 
     def loss(scored, evidence, extra):
-        taken = lambda table, tokens: jnp.take_along_axis(table, tokens[..., None], axis=-1)[..., 0]
-        tokens = scored.token_reward.astype(jnp.int32)  # the tokens themselves, for this test
         own, slow = scored.heads[Head.Q], scored.targets[Head.Q]
-        log_p0 = scored.statistics.log_base  # of the token taken; the base is uniform here
-        value = jax.nn.logsumexp(slow, axis=-1) - jnp.log(slow.shape[-1])  # log E_p0 e^Q
-        after = jnp.concatenate([value[..., 1:], scored.log_evidence[..., None]], axis=-1)
-        error = taken(own, tokens) - jax.lax.stop_gradient(after) + 0.0 * log_p0
+        taken = jnp.take_along_axis(own, scored.tokens[..., None], axis=-1)[..., 0]
+        value = jax.nn.logsumexp(slow, axis=-1) - jnp.log(
+            slow.shape[-1]
+        )  # log E_p0 e^Q, the base being uniform
+        later = jnp.concatenate([value[..., 1:], jnp.zeros_like(value[..., :1])], axis=-1)
+        error = taken - jax.lax.stop_gradient(later + scored.token_reward / evidence.beta)
         fit_q = jnp.sum(error**2, axis=-1)
         return fit_q, jnp.ones_like(fit_q)
 
     needs = Needs(samples=1, heads=(Head.Q,), foreign=True, unrecorded=True)
     return gradient_algorithm(
-        loss, optimizer=optimizer, needs=needs, heads={Head.Q: q}, targets={Head.Q: decay}, statistics=True
+        loss, optimizer=optimizer, needs=needs, heads={Head.Q: q}, targets={Head.Q: decay}
     )
 
 
@@ -230,7 +230,9 @@ def test_several_heads_with_slow_targets_learn_the_soft_values():
 
     def sample(key, policy):
         batch = kl_rl.core.rollout(policy, key, ground.prompt, reward_fn, num_samples=64, horizon=HORIZON)
-        return batch._replace(token_reward=batch.tokens.astype(jnp.float64))
+        paid = (batch.tokens == 2).astype(jnp.float64)
+        same = (batch.tokens[..., 0] == batch.tokens[..., -1]).astype(jnp.float64)  # known at the end
+        return batch._replace(token_reward=paid.at[..., -1].add(same))
 
     source = methods.Source(sample)
     run = fit.start(algorithm, uniform, posterior, source, jax.random.key(0))

@@ -27,6 +27,7 @@ from protocol import (
     posterior_of,
     reward_fn,
     small_student,
+    sparse,
     tabulated,
     updates,
     value_of,
@@ -36,8 +37,9 @@ from protocol import (
 from kl_rl import exact
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import NoEvidence, Posterior, Threshold
-from kl_rl.methods import METHODS, fit, fresh, in_parts, laws
+from kl_rl.methods import METHODS, fit, fresh, in_parts, laws, logged
 from kl_rl.methods.algorithm import Algorithm, Info, State
+from kl_rl.methods.knobs import aim
 from kl_rl.methods.needs import Feed, base_policy, frozen_policy, own_policy
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -198,6 +200,35 @@ def distance(log_p: np.ndarray, log_q: np.ndarray) -> float:
     p = np.exp(log_p)
     with np.errstate(invalid="ignore"):
         return float(np.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", LAWFUL)
+def test_laws_and_aims_stand_prompts_without_spread_or_without_the_best_rewards(name):
+    """As short samples of real prompts are: every row is a law, and the knob can be aimed."""
+    method, ground = NAMED[name], sparse(ground_with(3))
+    log_q = law(method, ground)
+    np.testing.assert_allclose(np.exp(log_q).sum(-1), 1.0)
+    if method.knob is None:
+        return
+    start = laws.mean_reward(ground.log_base, ground.reward)
+    value = aim(method.law, ground.log_base, ground.reward, start + 0.3, method.knob)
+    reached = laws.mean_reward(method.law(ground.log_base, ground.reward, value), ground.reward)
+    assert reached > start + (0.01 if method.knob.candidates else 0.25)
+    if method.knob.candidates is None:
+        assert reached == pytest.approx(start + 0.3, abs=0.1)
+
+
+def test_grpo_leaves_a_prompt_without_spread_as_it_was():
+    """The law's second row, by training: the advantage is 0 there, and k2 holds q at p0."""
+    ground = sparse(ground_with(3))
+    paid = lambda prompt, tokens, mask: jnp.where(prompt[..., 1] == 1, 1.0, reward_fn(prompt, tokens, mask))
+    method = NAMED["grpo"]
+    algorithm, posterior = made(method, ground, optax.adam(0.05)), posterior_of(method, ground.base)
+    source = fresh(ground.prompt, paid, num_samples=64, horizon=HORIZON)
+    run = fit.start(algorithm, ground.base, posterior, source, jax.random.key(0))
+    run, _ = jax.jit(lambda r: fit.advance(algorithm, r, posterior, source, num_steps=100))(run)
+    moved = [distance(q, p) for q, p in zip(law_of(run.state.policy, ground), ground.log_base, strict=True)]
+    assert moved[1] < 1e-6 and moved[0] > 0.01
 
 
 @pytest.mark.parametrize("prompts", P)
@@ -404,3 +435,13 @@ def test_one_sample_is_refused_where_two_are_needed(name):
     )
     with pytest.raises(ValueError, match="needs K >= "):
         algorithm.step(algorithm.init(ground.base), posterior_of(method, ground.base), batch)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMED if not NAMED[n].needs.foreign])
+def test_a_source_that_keeps_samples_is_refused_where_fresh_ones_are_needed(name):
+    method, ground = NAMED[name], ground_with(1)
+    source = fresh(ground.prompt, reward_fn, num_samples=8, horizon=HORIZON, memory=logged())
+    with pytest.raises(ValueError, match="learns from samples of its own"):
+        fit.start(
+            made(method, ground), ground.base, posterior_of(method, ground.base), source, jax.random.key(0)
+        )

@@ -81,14 +81,18 @@ def add_parser(subparsers: Subparsers) -> None:
     add("--full", action="store_true", help="65 536 strings, 8 seeds, longer training")
     add("--minutes", type=float, metavar="M", help="with --base: time for all; with --text: for pretraining")
     add("--lora", type=int, metavar="RANK", help="with --base: train adapters of this rank, not all weights")
-    add("--lr", type=float, metavar="R", help="peak learning rate (default 1e-4)")
-    add("--batch", type=int, metavar="B", help="prompts per step (default 8)")
-    add("--num-samples", type=int, metavar="K", help="completions of each prompt (default 8)")
-    add("--horizon", type=int, metavar="T", help="longest completion, tokens (default 48)")
-    add("--held-out", type=int, metavar="N", help="prompts kept to measure on (default 8)")
-    add("--eval-samples", type=int, metavar="N", help="completions of each of them (default 32)")
-    add("--compute-dtype", choices=("float32", "bfloat16"), help="of matrix products (default float32)")
-    add("--scan-layers", action="store_true", help="one compiled layer in a loop, for deep models")
+    add("--lr", type=float, metavar="R", help="with --base: peak learning rate (default 1e-4)")
+    add("--batch", type=int, metavar="B", help="with --base: prompts per step (default 8)")
+    add("--num-samples", type=int, metavar="K", help="with --base: completions of each prompt (default 8)")
+    add("--horizon", type=int, metavar="T", help="with --base: longest completion, tokens (default 48)")
+    add("--held-out", type=int, metavar="N", help="with --base: prompts kept to measure on (default 8)")
+    add("--eval-samples", type=int, metavar="N", help="with --base: completions of each of them (default 32)")
+    add(
+        "--compute-dtype",
+        choices=("float32", "bfloat16"),
+        help="with --base: of matrix products (default float32)",
+    )
+    add("--scan-layers", action="store_true", help="with --base: one compiled layer in a loop")
     add("--out", metavar="DIR", help="output folder")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--json", action="store_true", help="print the summary as one JSON object")
@@ -193,12 +197,16 @@ def _run_model(args: argparse.Namespace, folder: Path, progress: Progress) -> di
     from kl_rl import storage
     from kl_rl.experiments.compare import main
     from kl_rl.experiments.compare.model import collect_model, compare_on_model
+    from kl_rl.experiments.compare.model.ground import check_methods
     from kl_rl.experiments.compare.model.lanes import Clock
+    from kl_rl.experiments.compare.model.text import TEXT_SIZES
     from kl_rl.huggingface.opened import model_folder
     from kl_rl.methods import methods_named, representatives
+    from kl_rl.rewards.host import load_reward
+    from kl_rl.runs.settings import Learning
     from kl_rl.storage.fingerprint import fingerprint
 
-    methods = methods_named(args.methods) if args.methods else representatives()
+    methods, reward = methods_named(args.methods) if args.methods else representatives(), None
     asked: dict[str, Any] = {"command": "compare", "methods": [m.name for m in methods]}
     files = {name: getattr(args, name) for name in ("prompts", "reward", "text") if getattr(args, name)}
     inputs = {name: fingerprint(file) for name, file in files.items()}
@@ -209,19 +217,21 @@ def _run_model(args: argparse.Namespace, folder: Path, progress: Progress) -> di
     else:
         asked |= {"text": args.text, "reward": args.reward, "seeds": args.seeds or 1, "steps": args.steps}
         asked |= {"minutes": args.minutes}
+        if args.reward is not None:
+            reward = load_reward(args.reward)  # before four minutes of pretraining
+        check_methods(methods, TEXT_SIZES, Learning())
     settings = json.loads(json.dumps(asked | {"inputs": inputs}))
     with (
         storage.opened(folder, settings, resume=args.resume) as opened,
         Clock(args.minutes if args.text is None else None) as clock,
     ):
-        reward, about, part = None, {}, progress
+        about, part = {}, progress
         if args.text is not None:
             made, part = _text_comparison(args, folder, clock, progress)
-            comparison, reward, about = made
+            comparison, built_in, about = made
+            reward = reward or built_in
         outcome = compare_on_model(comparison, methods, opened, clock, part, reward=reward, about=about)
         if not opened.rows("results.jsonl"):
-            if not clock.over:
-                raise KeyboardInterrupt
             raise ValueError(
                 f"--minutes {args.minutes:g}: the time is over, and the base model is not measured yet; "
                 f"go on with the same options and --out {folder} --resume"
@@ -247,6 +257,7 @@ COLUMNS = ("method", "family", "reward", "kl", "P", "S", "C", "C_fwd", "C_JS")
 
 def _print_table(data: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from kl_rl.report.html import plain_table
@@ -254,7 +265,7 @@ def _print_table(data: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 110)
     key = data.get("table_title", "At mean reward {:.2f} (nats; means over seeds)")
     for target in data["targets"]:
-        rows = [r for r in data["matched_reward"] if r["target"] == target]
+        rows = [r | {"method": escape(r["method"])} for r in data["matched_reward"] if r["target"] == target]
         reached = sorted(
             (r for r in rows if r["seeds"]), key=lambda r: (r["family"] != "reference", r["C_fwd"] or 0)
         )
@@ -273,7 +284,7 @@ def _print_table(data: dict[str, Any]) -> None:
     warned = data.get("warnings") or []
     said = [f"{len(warned)} warnings of the estimators: see the report"] if warned else []
     for line in [data["answer"], *data["checks"], *said]:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -284,13 +295,16 @@ def run(args: argparse.Namespace) -> int:
     """
     from kl_rl.cli.cache import use_cache
     from kl_rl.cli.progress import live_progress
+    from kl_rl.cli.running import said_how_to_resume
 
     _check(args)
     folder = Path(args.out) if args.out else Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
     use_cache()
     started = time.monotonic()
-    with live_progress() as progress:
+    with live_progress() as progress, said_how_to_resume("compare", folder, skips=True) as code:
         data = (_run_world if _kind(args) == WORLD else _run_model)(args, folder, progress)
+    if code:
+        return code[0]
     if args.json:
         from kl_rl.storage.folder import clean
 

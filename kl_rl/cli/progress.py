@@ -18,7 +18,7 @@ def live_progress() -> Iterator[Callable[[float, str], None]]:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("{task.description:<38.38}"),
+            TextColumn("{task.description:<38.38}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:3.0f} %"),
             TimeElapsedColumn(),

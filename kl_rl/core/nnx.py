@@ -46,7 +46,8 @@ def from_nnx(module: Any, *, trained: Any = None) -> Policy:
     from flax import nnx
 
     for path, part in nnx.iter_graph(module):
-        active = getattr(part, "deterministic", None) is False and getattr(part, "rate", 0) > 0
+        rates = (getattr(part, name, 0) for name in ("rate", "dropout_rate"))
+        active = getattr(part, "deterministic", None) is False and any(rate > 0 for rate in rates)
         if active or getattr(part, "use_running_average", None) is False:
             where = ".".join(map(str, path)) or "the module"
             raise ValueError(

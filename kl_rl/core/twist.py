@@ -74,11 +74,11 @@ def present_twist(twist: Twist, prompt: jax.Array, progress: Progress) -> jax.Ar
       progress: of the generation.
 
     Returns:
-      Nats; [P * K].
+      Nats; [P * K]; of a head with actions [P * K, V], for each token that may follow.
     """
     if twist.beside is not None:
         return twist.beside(twist.weights, progress.cache)
     tokens = progress.tokens.T
     prompts = jnp.repeat(prompt, tokens.shape[0] // prompt.shape[0], axis=0)
     log_twist = twist.apply(twist.weights, prompts, tokens)
-    return jax.lax.dynamic_index_in_dim(log_twist, progress.position - 1, axis=-1, keepdims=False)
+    return jax.lax.dynamic_index_in_dim(log_twist, progress.position - 1, axis=1, keepdims=False)

@@ -21,6 +21,7 @@ import optax
 
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Evidence, Posterior
+from kl_rl.core.ranges import check_range
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.core.twist import Twist
 from kl_rl.methods.needs import Behaviour, Head, Needs, own_policy
@@ -143,13 +144,17 @@ def gradient_algorithm(
       An Algorithm.
 
     Raises:
-      ValueError: at once, if heads are missing or gradients may not be gathered in parts; from ``step``, while tracing,
-        if K is too small, the evidence is hard or comparisons are missing where they may not be, or, where its value is
-        known, a reward is not finite.
+      ValueError: at once, if heads are missing, a slow copy follows at a rate out of range or gradients may not be
+        gathered in parts; from ``step``, while tracing, if K is too small, the evidence is hard or comparisons are
+        missing where they may not be; where its value is known, if a reward is not finite or a token is no id.
     """
     if set(heads) != set(needs.heads):
         missing, found = ([h.value for h in hs] for hs in (needs.heads, heads))
         raise ValueError(f"this method needs the heads {missing}; got {found}")
+    if unknown := set(targets) - set(heads):
+        raise ValueError(f"slow copies are of heads; this method has none called {min(unknown)!r}")
+    for head, rate in targets.items():
+        check_range(f"targets[{head.value!r}]", rate, 0, 1, above=True)
     parts = num_parts(optimizer)
     if parts > 1 and not needs.parts:
         raise ValueError("this method looks at its batch as a whole: gradients cannot be gathered in parts")
@@ -157,7 +162,10 @@ def gradient_algorithm(
 
     def init(policy: Policy) -> State:
         own = {head.value: twist for head, twist in heads.items()}
-        slow = {head.value: jax.tree.map(jnp.copy, own[head.value]) for head in targets}
+        copied = lambda twist: twist.with_params(
+            jax.tree.map(jnp.copy, twist.params)
+        )  # what is shared stays so
+        slow = {head.value: copied(own[head.value]) for head in targets}
         state = State(policy, own, slow, None, None if extra is None else extra.init(policy), jnp.int32(0))
         return state._replace(
             optimizer={name: transforms[name].init(p) for name, p in _params(state).items()}
@@ -187,7 +195,9 @@ def gradient_algorithm(
             )
             updated[name] = optax.apply_updates(params[name], updates)
         policy, own = _with_params(state, updated)
-        follow = lambda head, rate: optax.incremental_update(own[head], state.targets[head], rate)
+        follow = lambda head, rate: state.targets[head].with_params(
+            optax.incremental_update(own[head].params, state.targets[head].params, rate)
+        )
         slow = {head.value: follow(head.value, rate) for head, rate in targets.items()}
         info = Info(
             loss=value,

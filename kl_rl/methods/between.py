@@ -8,6 +8,7 @@ import optax
 
 from kl_rl import objectives
 from kl_rl.core.posterior import Tilt
+from kl_rl.core.ranges import check_range
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.methods import laws
 from kl_rl.methods.algorithm import Algorithm, Extra, State, gradient_algorithm
@@ -41,7 +42,12 @@ def alpha_divergence(
     Returns:
       Algorithm; needs K >= 2 and soft evidence. ``State.extra`` is (running Z scaled by its age, age), in
       logs.
+
+    Raises:
+      ValueError: an option out of range.
     """
+    check_range("alpha", alpha, 0, 1)
+    check_range("memory", memory, 0, 1, below=True)
 
     def loss(scored, evidence, extra):
         log_weight = -scored.delta - (extra[0] - extra[1])

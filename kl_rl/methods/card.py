@@ -62,7 +62,8 @@ class Method(NamedTuple):
       knob: the number that says how far it goes; None: it goes as far as it goes.
       needs: what a batch must be, as on the algorithm.
       memory: what is kept between steps.
-      law: its fixed point; None: there is none, ``assumes`` and the docstring say what happens instead.
+      law: its fixed point with the card's options; None: there is none, ``assumes`` and the docstring say what happens
+        instead.
       options: its settings of the function's keywords.
       assumes: in words, what the law rests on.
       theorems: ids of statements in theory_notes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import difflib
+import re
 from collections.abc import Sequence
 
 from kl_rl.core.named import object_named
@@ -34,6 +35,14 @@ def _own(spec: str) -> Method:
     found = object_named(spec)
     if not isinstance(found, Method):
         raise ValueError(f"{spec} is a {type(found).__name__}, not a kl_rl.methods.Method")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", found.name):  # folders are called so
+        raise ValueError(
+            f"{spec} is called {found.name!r}: a name has letters, digits, '.', '_' and '-' only"
+        )
+    if found.name in ("base", "control") or found.family == "reference":
+        raise ValueError(
+            f"{spec} is called {found.name!r}, family {found.family!r}: reports call something else so"
+        )
     return found
 
 

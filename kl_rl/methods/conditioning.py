@@ -19,6 +19,7 @@ from kl_rl.core import numerics
 from kl_rl.core.mixtures import mixture
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Evidence, NoEvidence, Posterior, Tilt
+from kl_rl.core.ranges import check_range
 from kl_rl.core.trajectories import Trajectories
 from kl_rl.methods import laws
 from kl_rl.methods.algorithm import Algorithm, Extra, State, gradient_algorithm
@@ -68,7 +69,11 @@ def top_quantile(fraction: jax.Array | float) -> ReturnPrior:
     Quantile tokens as in
     Quark (Lu et al. 2022, arXiv 2205.13636). Equals the quantilizer of Taylor 2015: KL(q || p0) = log
     1/fraction.
+
+    Raises:
+      ValueError: a fraction out of range.
     """
+    check_range("fraction", fraction, 0, 1, above=True)
 
     def prior(counts: ReturnCounts, evidence: Evidence) -> jax.Array:
         share = counts.count / jnp.maximum(jnp.sum(counts.count), 1.0)

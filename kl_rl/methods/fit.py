@@ -23,7 +23,15 @@ class Run(NamedTuple):
 
 
 def start(algorithm: Algorithm, policy: Policy, posterior: Posterior, source: Source, key: jax.Array) -> Run:
-    """Begin a run from an initial policy (usually a copy of the base)."""
+    """Begin a run from an initial policy (usually a copy of the base).
+
+    Raises:
+      ValueError: the source keeps samples, and the method learns from fresh ones only.
+    """
+    if source.memory.filling and not algorithm.needs.foreign:
+        raise ValueError(
+            "this method learns from samples of its own (Needs.foreign is False): its source can keep none"
+        )
     run_key, memory_key = jax.random.split(key)
     return Run(algorithm.init(policy), source.init(memory_key, posterior), run_key)
 

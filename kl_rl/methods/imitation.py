@@ -13,6 +13,7 @@ import optax
 from kl_rl import objectives
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import NoEvidence, Threshold, Tilt
+from kl_rl.core.ranges import check_range
 from kl_rl.methods import laws
 from kl_rl.methods.algorithm import Algorithm, Extra, State, gradient_algorithm
 from kl_rl.methods.card import Method, Paper
@@ -90,7 +91,7 @@ def reward_weighted(*, optimizer: optax.GradientTransformation, per_prompt: bool
             weight = weights.pooled(log_weight)
         return objectives.weighted_likelihood(scored.sequence_log_q, weight), weight
 
-    return gradient_algorithm(loss, optimizer=optimizer, needs=_RWR)
+    return gradient_algorithm(loss, optimizer=optimizer, needs=_RWR._replace(parts=per_prompt))
 
 
 RWR = Method(
@@ -123,7 +124,8 @@ RWR_LOGGED = RWR._replace(
 
 def _draws_needed(n: jax.Array | float) -> int:
     """Smallest K that holds n draws, where n is known while tracing."""
-    return max(2, math.ceil(n)) if isinstance(n, int | float) else 2
+    check_range("n", n, 1)
+    return 2 if isinstance(n, jax.core.Tracer) else max(2, math.ceil(np.max(n)))
 
 
 def _best_of_n_loss(n):
@@ -141,11 +143,14 @@ def best_of_n(n: jax.Array | float, *, optimizer: optax.GradientTransformation) 
     arXiv 2401.01879), which is the fixed point; C = 0. The evidence of the posterior is not read.
 
     Args:
-      n: draws per prompt; may be traced.
+      n: draws per prompt, at least 1; may be traced.
       optimizer: for the policy.
 
     Returns:
       Algorithm; K must be at least n.
+
+    Raises:
+      ValueError: n out of range.
     """
     return gradient_algorithm(
         _best_of_n_loss(n), optimizer=optimizer, needs=_BEST._replace(samples=_draws_needed(n))
@@ -193,7 +198,11 @@ def expert_iteration(
 
     Returns:
       Algorithm; K must be at least n.
+
+    Raises:
+      ValueError: an option out of range.
     """
+    check_range("refresh", refresh, 1)
 
     def renew(frozen: Frozen, state: State, scored, batch) -> Frozen:
         due = frozen.age >= refresh
@@ -226,7 +235,9 @@ EXPERT_ITERATION = Method(
     idea="best-of-n distilled three times over",
     function=expert_iteration,
     build=lambda n, given, *, refresh=None: expert_iteration(
-        n, optimizer=given.optimizer(), refresh=refresh or max(1, given.steps // _ROUNDS)
+        n,
+        optimizer=given.optimizer(),
+        refresh=max(1, given.steps // _ROUNDS) if refresh is None else refresh,
     ),
     evidence=lambda n: NoEvidence(),
     knob=DRAWS,

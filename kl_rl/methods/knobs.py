@@ -40,13 +40,22 @@ class Knob(NamedTuple):
 
     def admits(self, value: float) -> bool:
         """Whether a number may be taken."""
-        return (self.low <= value if self.closed else self.low < value) and value <= self.high
+        return (
+            bool(np.isfinite(value))
+            and (self.low <= value if self.closed else self.low < value)
+            and value <= self.high
+        )
 
     @property
     def range(self) -> str:
         """The admissible numbers, in words."""
+        if np.isinf(self.low):
+            return "finite"
         if np.isinf(self.high):
-            return f"at least {self.low:g}" if self.closed else "positive and finite"
+            words = (
+                f"at least {self.low:g}" if self.closed else f"above {self.low:g}" if self.low else "positive"
+            )
+            return f"{words} and finite"
         return f"{'at least' if self.closed else 'above'} {self.low:g} and at most {self.high:g}"
 
 
@@ -82,8 +91,8 @@ def aim(
 
     Args:
       law: the method's fixed point.
-      log_base: of N strings for each of P prompts, or ``-log N`` for N samples each; [P, N].
-      reward: [P, N].
+      log_base: of N strings for each of P prompts, or ``-log N`` for N samples each; [P, N] or [N].
+      reward: the same.
       mean: averaged over prompts; between p0's and the greatest.
       knob: the method's.
       samples: K: what a step of training sees of each prompt.
@@ -94,6 +103,7 @@ def aim(
     Raises:
       NoFixedPoint: the law exists nowhere.
     """
+    log_base, reward = np.atleast_2d(*np.broadcast_arrays(log_base, reward))
     mass, level = by_level(log_base, reward)
 
     def reached(value: float) -> float:
@@ -106,9 +116,10 @@ def aim(
         values = knob.candidates(log_base, reward, samples)
         found = np.array([reached(float(v)) for v in values])
         if np.isnan(found).all():
-            raise NoFixedPoint("no setting has a fixed point")
+            raise NoFixedPoint(f"no {knob.option} has a fixed point")
         return float(values[np.nanargmin(np.abs(found - mean))])
-    return _bisected(reached, mean, knob, float(np.ptp(reward)) or 1.0)
+    with np.errstate(divide="ignore"):
+        return _bisected(reached, mean, knob, float(np.ptp(reward)) or 1.0)
 
 
 def _bisected(reached: Callable[[float], float], mean: float, knob: Knob, scale: float) -> float:
@@ -118,7 +129,7 @@ def _bisected(reached: Callable[[float], float], mean: float, knob: Knob, scale:
     else:
         low, high = np.log(1e-5 * scale), np.log(1e6 * scale)
     if np.isnan(reached(float(np.exp(high)))):
-        raise NoFixedPoint("no setting has a fixed point")
+        raise NoFixedPoint(f"no {knob.option} has a fixed point")
     for _ in range(_HALVINGS):
         middle = 0.5 * (low + high)
         found = reached(float(np.exp(middle)))

@@ -36,9 +36,15 @@ class NoFixedPoint(ValueError):
 
 
 def normalized(log_q: np.ndarray) -> np.ndarray:
-    """Log-probabilities that sum to one, in float64; [..., N]."""
+    """Log-probabilities that sum to one, in float64; [..., N].
+
+    Raises:
+      NoFixedPoint: a row has no mass at all.
+    """
     log_q = np.asarray(log_q, np.float64)
     top = log_q.max(-1, keepdims=True)
+    if np.isneginf(top).any():
+        raise NoFixedPoint("a law without any mass")
     return log_q - top - np.log(np.exp(log_q - top).sum(-1, keepdims=True))
 
 
@@ -71,39 +77,56 @@ def _spread(log_q: np.ndarray, reward: np.ndarray) -> float:
     return float(np.sqrt(max(q @ (reward - q @ reward) ** 2, 0.0)))
 
 
-@_each_prompt
-def standardized_tilt(log_base: np.ndarray, reward: np.ndarray, beta: float) -> np.ndarray:
-    """``p0 exp(lambda r) / Z`` with ``lambda std_lambda(r) = 1 / beta``: rewards divided by their spread under q.
-
-    ``lambda std_lambda`` rises from 0 and falls again once q settles on the best strings; a fixed point that training
-    can stay at lies where it rises. The least lambda is taken.
-
-    Args:
-      log_base: [N].
-      reward: [N].
-      beta: KL weight beside standardized rewards.
-
-    Returns:
-      [N].
-
-    Raises:
-      NoFixedPoint: ``beta`` is below its critical value, ``1 / max_lambda {lambda std_lambda(r)}``: q then runs off to
-        the best strings.
-    """
-    scale = float(np.ptp(reward[np.isfinite(log_base)])) or 1.0
+def _standardized(log_base: np.ndarray, reward: np.ndarray, beta: float) -> tuple[np.ndarray | None, float]:
+    """The law of one prompt, None if it has none; and the critical value of beta."""
+    scale = float(np.ptp(reward[np.isfinite(log_base)]))
+    if scale == 0.0:
+        return normalized(log_base), 0.0
     effort = lambda lam: lam * _spread(tilt(log_base, reward, 1.0 / lam), reward)
     grid = np.geomspace(1e-4, 1e4, 400) / scale
     efforts = np.array([effort(lam) for lam in grid])
     enough = np.flatnonzero(efforts >= 1.0 / beta)
     if not len(enough):
-        raise NoFixedPoint(
-            f"rewards divided by their spread have no fixed point below beta = {1.0 / efforts.max():.3g}; got {beta:g}"
-        )
+        return None, 1.0 / efforts.max()
     low, high = (grid[enough[0] - 1] if enough[0] else 0.0), grid[enough[0]]
     for _ in range(80):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if effort(middle) < 1.0 / beta else (low, middle)
-    return tilt(log_base, reward, 1.0 / high)
+    return tilt(log_base, reward, 1.0 / high), 1.0 / efforts.max()
+
+
+def standardized_tilt(log_base: np.ndarray, reward: np.ndarray, beta: float) -> np.ndarray:
+    """``p0 exp(lambda r) / Z`` with ``lambda std_lambda(r) = 1 / beta``: rewards divided by their spread under q.
+
+    ``lambda std_lambda`` rises from 0 and falls again once q settles on the best strings; a fixed point that training
+    can stay at lies where it rises. The least lambda is taken. Where all rewards are the same there is no advantage:
+    p0. A prompt with ``beta`` below its critical value, ``1 / max_lambda {lambda std_lambda(r)}``, has no fixed point:
+    q runs off to its best strings, p0 among which stands for the law.
+
+    Args:
+      log_base: [P, N] or [N].
+      reward: the same.
+      beta: KL weight beside standardized rewards.
+
+    Returns:
+      The same.
+
+    Raises:
+      NoFixedPoint: no prompt has one.
+    """
+    log_base, reward = np.broadcast_arrays(log_base, reward)
+    prompts = list(zip(np.atleast_2d(log_base), np.atleast_2d(reward), strict=True))
+    rows = [_standardized(base, r, beta) for base, r in prompts]
+    if all(law is None for law, _ in rows):
+        least = min(critical for _, critical in rows)
+        raise NoFixedPoint(
+            f"rewards divided by their spread have no fixed point below beta = {least:.3g}; got {beta:g}"
+        )
+    found = []
+    for (law, _), (base, r) in zip(rows, prompts, strict=True):
+        best = r == r[np.isfinite(base)].max()
+        found.append(normalized(np.where(best, base, -np.inf)) if law is None else law)
+    return np.stack(found).reshape(log_base.shape)
 
 
 def _levels(log_base: np.ndarray, reward: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -116,12 +139,13 @@ def by_level(log_base: np.ndarray, reward: np.ndarray) -> tuple[np.ndarray, np.n
     """The same base with one entry for each distinct reward, which is all that a law looks at.
 
     Args:
-      log_base: [P, N].
-      reward: [P, N].
+      log_base: [P, N] or [N].
+      reward: the same.
 
     Returns:
       Log-probabilities (-inf where a prompt lacks a reward) and rewards, [P, G] each; as they were, if G > N.
     """
+    log_base, reward = np.atleast_2d(*np.broadcast_arrays(log_base, reward))
     value, index = np.unique(reward, return_inverse=True)
     if len(value) > reward.shape[1]:
         return log_base, reward
@@ -139,12 +163,20 @@ def win_rate_tilt(log_base: np.ndarray, reward: np.ndarray, beta: float) -> np.n
     return normalized(log_base + win[index] / beta)
 
 
-@_each_prompt
 def filtered(log_base: np.ndarray, reward: np.ndarray, tau: float) -> np.ndarray:
-    """``p0(y | r >= tau)``."""
-    if not np.any((reward >= tau) & np.isfinite(log_base)):
+    """``p0(y | r >= tau)``.
+
+    A prompt for which nothing passes is never learned from: p0 there.
+
+    Raises:
+      NoFixedPoint: nothing passes, for any prompt.
+    """
+    log_base, reward = np.broadcast_arrays(log_base, reward)
+    passing = np.where(reward >= tau, log_base, -np.inf)
+    some = np.isfinite(passing).any(-1, keepdims=True)
+    if not some.any():
         raise NoFixedPoint(f"no reward reaches the threshold {tau:g}")
-    return normalized(np.where(reward >= tau, log_base, -np.inf))
+    return normalized(np.where(some, passing, log_base))
 
 
 @_each_prompt
@@ -173,7 +205,8 @@ def _conditioned(
       prior: ``(distinct rewards [G], their probabilities under p0, pooled over prompts [G]) -> weights [G]``.
 
     Returns:
-      As ``log_base``. Where a prompt never earns a return, there is nothing to imitate: its share goes to the others.
+      As ``log_base``. Where a prompt never earns a return, there is nothing to imitate: its share goes to the others;
+      where it earns none of those asked for, p0 stands for what no data say.
     """
     shape, rows = log_base.shape, np.atleast_2d(log_base)
     value, index = np.unique(reward, return_inverse=True)
@@ -183,6 +216,7 @@ def _conditioned(
     with np.errstate(divide="ignore", invalid="ignore"):
         change = np.log(weight) - np.log(mass)  # [P, G]
     change = np.where(mass > 0, change, -np.inf)
+    change = np.where(np.isneginf(change).all(1, keepdims=True), 0.0, change)
     return normalized(rows + np.take_along_axis(change, index, axis=1)).reshape(shape)
 
 

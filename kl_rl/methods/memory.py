@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior
+from kl_rl.core.ranges import check_range
 from kl_rl.core.rollouts import RewardFn, rollout
 from kl_rl.core.trajectories import Trajectories
 
@@ -79,7 +80,12 @@ def replay(share: float = 0.5, batches: int = 8) -> Memory:
 
     Returns:
       The memory.
+
+    Raises:
+      ValueError: an option out of range.
     """
+    check_range("share", share, 0, 1)
+    check_range("batches", batches, 1)
 
     def draw(kept: Ring, key: jax.Array, batch: Trajectories) -> tuple[Trajectories, Ring]:
         size, capacity = batch.reward.shape[0], kept.data.reward.shape[0]
@@ -107,7 +113,11 @@ def logged(batches: int = 16) -> Memory:
 
     Returns:
       The memory.
+
+    Raises:
+      ValueError: an option out of range.
     """
+    check_range("batches", batches, 1)
 
     def draw(kept: Ring, key: jax.Array, batch: Trajectories) -> tuple[Trajectories, Ring]:
         index = jax.random.randint(key, batch.reward.shape[:1], 0, kept.data.reward.shape[0])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Posterior
 
-__all__ = ["Behaviour", "Feed", "Head", "Needs", "base_policy", "frozen_policy", "own_policy"]
+__all__ = ["Behaviour", "PERMISSIONS", "Feed", "Head", "Needs", "base_policy", "frozen_policy", "own_policy"]
 
 Behaviour = Callable[[Any, Posterior], Policy]
 
@@ -50,6 +50,9 @@ class Head(enum.StrEnum):
     Q_TWIN = "q_twin"  # a second one, for the lesser of the two
 
 
+PERMISSIONS = ("hard", "foreign", "unrecorded", "tempered", "parts")
+
+
 class Needs(NamedTuple):
     """What a method needs, and what it permits.
 
@@ -62,7 +65,7 @@ class Needs(NamedTuple):
       hard: takes evidence that is zero somewhere.
       foreign: takes data that somebody else drew.
       unrecorded: does without the log-probabilities of whoever drew them.
-      tempered: keeps its fixed point when the sampler is transformed (another temperature, top-p, ...).
+      tempered: keeps its fixed point when the sampler has another temperature, and can still write every string.
       parts: its loss is a mean over prompts, so that gradients may be gathered in parts.
     """
 

@@ -12,6 +12,7 @@ import optax
 
 from kl_rl import objectives
 from kl_rl.core.posterior import Tilt
+from kl_rl.core.ranges import check_range
 from kl_rl.core.twist import Twist
 from kl_rl.methods import laws
 from kl_rl.methods.algorithm import Algorithm, gradient_algorithm
@@ -147,7 +148,11 @@ def subtrajectory_balance(
 
     Returns:
       Algorithm; needs soft evidence.
+
+    Raises:
+      ValueError: an option out of range.
     """
+    check_range("decay", decay, 0, above=True)
 
     def loss(scored, evidence, extra):
         losses = objectives.subtrajectory_balance(
@@ -207,7 +212,11 @@ def path_consistency(
 
     Returns:
       Algorithm; needs soft evidence.
+
+    Raises:
+      ValueError: an option out of range.
     """
+    check_range("window", window, 1)
 
     def loss(scored, evidence, extra):
         losses = objectives.path_consistency(

@@ -21,9 +21,9 @@ def in_parts(optimizer: optax.GradientTransformation, num_parts: int) -> optax.G
 
     Every method that ``gradient_algorithm`` makes with it then needs the activations of P / n prompts at a time, and
     one more copy of the gradient while it adds up; nothing more is kept between steps. The step, with its ``Info``,
-    equals that of the whole batch up to rounding wherever the loss is a mean over prompts: for all methods of the
-    library but ``reward_weighted`` with weights normalized over the batch (``per_prompt=False``), which are then
-    normalized within each part.
+    equals that of the whole batch up to rounding wherever the loss is a mean over prompts (``Needs.parts``): for all
+    methods of the library but ``reward_weighted`` with weights normalized over the batch (``per_prompt=False``), which
+    refuses.
 
     Args:
       optimizer: as for the whole batch. Wrap last: ``optax.chain`` around the result forgets the parts.

@@ -11,6 +11,7 @@ import optax
 from kl_rl import objectives
 from kl_rl.core import numerics
 from kl_rl.core.posterior import Tilt
+from kl_rl.core.ranges import check_range
 from kl_rl.core.twist import Twist
 from kl_rl.methods import laws
 from kl_rl.methods.algorithm import Algorithm, gradient_algorithm
@@ -44,7 +45,11 @@ def reinforce(*, optimizer: optax.GradientTransformation, kl_weight: float = 1.0
 
     Returns:
       Algorithm; needs K >= 2 and soft evidence.
+
+    Raises:
+      ValueError: an option out of range.
     """
+    check_range("kl_weight", kl_weight, 0)
 
     def loss(scored, evidence, extra):
         value = stop(scored.log_evidence - kl_weight * scored.log_ratio)
@@ -110,7 +115,14 @@ def ppo(
 
     Returns:
       Algorithm; needs soft evidence.
+
+    Raises:
+      ValueError: an option out of range.
     """
+    check_range("clip", clip, 0, above=True)
+    check_range("decay", decay, 0, 1)
+    check_range("value_weight", value_weight, 0)
+    check_range("epochs", epochs, 1)
 
     def loss(scored, evidence, extra):
         log_twist = scored.heads[Head.VALUE]
@@ -161,7 +173,12 @@ def grpo(*, optimizer: optax.GradientTransformation, clip: float = 0.2, epochs: 
 
     Returns:
       Algorithm; needs K >= 2 and a Tilt.
+
+    Raises:
+      ValueError: an option out of range.
     """
+    check_range("clip", clip, 0, above=True)
+    check_range("epochs", epochs, 1)
 
     def loss(scored, evidence, extra):
         advantage = credit.group_normalized(scored.reward)[..., None] / evidence.beta

@@ -26,6 +26,7 @@ class Scored(NamedTuple):
     """The arrays every method reads, in nats, 0 on masked or uncontrolled tokens.
 
     Attributes:
+      tokens: [P, K, T].
       log_q: under the policy being fitted; [P, K, T].
       log_base: under p0; [P, K, T].
       log_behaviour: under whatever produced the sample, as recorded; [P, K, T].
@@ -41,6 +42,7 @@ class Scored(NamedTuple):
       statistics: of whole next-token laws, if the method asked for them.
     """
 
+    tokens: jax.Array
     log_q: jax.Array
     log_base: jax.Array
     log_behaviour: jax.Array
@@ -114,6 +116,7 @@ def scored_by(
         log_q = score(policy, batch)
         log_base = score(posterior.base, batch._replace(prompt=seen.base_prompt))
     return Scored(
+        tokens=batch.tokens,
         log_q=log_q,
         log_base=stop(log_base),
         log_behaviour=numerics.multiply_no_nan(
@@ -134,7 +137,12 @@ def scored_by(
 def check_batch(
     needs: Needs, policy: Policy, posterior: Posterior, batch: Trajectories, mix: Any, asked_mix: bool
 ) -> None:
-    """Refuse, while tracing, a batch that is not what the method needs."""
+    """Refuse a batch that is not what the method needs: shapes while tracing, values where they are known."""
+    if isinstance(posterior.evidence, type) or not hasattr(posterior.evidence, "log_evidence"):
+        raise TypeError(
+            f"Posterior.evidence must be evidence such as Tilt(beta); got {posterior.evidence!r:.60}, which has no "
+            "log_evidence"
+        )
     if posterior.evidence.hard and not needs.hard:
         raise ValueError(
             f"hard evidence ({type(posterior.evidence).__name__}) has zero-probability strings: "
@@ -152,17 +160,39 @@ def check_batch(
     if needs.feed in (Feed.PAIRS, Feed.RANKINGS):
         if batch.label is None:
             raise ValueError(f"this method learns from {needs.feed.value}: Trajectories.label is missing")
+        _check_finite("label", batch.label)
     else:
         _check_finite("reward", batch.reward)
+    if not needs.unrecorded:
+        _check_finite("log_behaviour", batch.log_behaviour, batch.action_mask)
+    _check_ids("tokens", batch.tokens, own, batch.mask)
     if (mix is None) == asked_mix:
         raise ValueError(
             "this method mixes in a second batch" if asked_mix else "this method takes one batch"
         )
+    if mix is not None:
+        check_trajectories(mix)
+        _check_ids("tokens", mix.tokens, own, mix.mask)
 
 
-def _check_finite(name: str, values: Any) -> None:
+def _refuse(name: str, values: Any, wrong: Any, must: str) -> None:
+    if np.any(wrong):
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"Trajectories.{name}{list(where)} is {np.asarray(values)[where]}: it must be {must}"
+        )
+
+
+def _check_finite(name: str, values: Any, mask: Any = 1.0) -> None:
     """Where values are known (not while they are traced)."""
-    if isinstance(values, jax.core.Tracer) or np.isfinite(np.asarray(values)).all():
-        return
-    where = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(values)))[0])
-    raise ValueError(f"Trajectories.{name}{list(where)} is {np.asarray(values)[where]}: it must be finite")
+    if not any(isinstance(x, jax.core.Tracer) for x in (values, mask)):
+        _refuse(name, values, ~np.isfinite(np.asarray(values)) & (np.asarray(mask) > 0), "finite")
+
+
+def _check_ids(name: str, ids: Any, vocab: int, mask: Any) -> None:
+    """Of the written tokens; what pads them need not be an id."""
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"Trajectories.{name} must be whole numbers; got {ids.dtype}")
+    if not any(isinstance(x, jax.core.Tracer) for x in (ids, mask)):
+        wrong = ((np.asarray(ids) < 0) | (np.asarray(ids) >= vocab)) & (np.asarray(mask) > 0)
+        _refuse(name, ids, wrong, f"an id from 0 to {vocab - 1}")

@@ -64,7 +64,7 @@ def subtrajectory_balance(
 
     Args:
       log_ratio: per-token log q - log p0, 0 behind the mask; [..., T].
-      log_twist: with its boundary, see ``advantages.terminal_twist``; [..., T + 1].
+      log_twist: with its boundary, see ``credit.terminal_twist``; [..., T + 1].
       mask: [..., T].
       decay: lambda > 0; values above 1 favour long sub-paths.
 

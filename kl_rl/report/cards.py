@@ -48,7 +48,7 @@ def at_fixed_point(method: Method) -> dict[str, float] | None:
       method: the card.
 
     Returns:
-      ``at`` (the knob), ``kl``, ``P``, ``S``, ``C``; None without a law.
+      ``at`` (the knob), ``kl``, ``P``, ``S``, ``C``; None without a law, or where it has no fixed point.
     """
     if method.law is None:
         return None
@@ -69,6 +69,8 @@ def at_fixed_point(method: Method) -> dict[str, float] | None:
             break
         except NoFixedPoint:
             value *= 2.0
+    else:
+        return None
     # float32 would leave C of a few 1e-8 where it is 0
     levels = reward_levels(jnp.asarray(reward))
     found = exact_budget(
@@ -110,7 +112,7 @@ def _needs(method: Method) -> list[str]:
         "hard": "evidence may be zero somewhere",
         "foreign": "may learn from samples that somebody else drew",
         "unrecorded": "does without log-probabilities of who drew them",
-        "tempered": "keeps its fixed point when the sampler is transformed",
+        "tempered": "keeps its fixed point at another temperature of the sampler",
         "parts": "gradients may be gathered in parts of a batch",
     }
     return said + [text for name, text in words.items() if getattr(needs, name)]

@@ -43,6 +43,11 @@ def _png(figure) -> bytes:
     return buffer.getvalue()
 
 
+def _plain(name: str) -> str:
+    """A name as it is: no mathematics between dollar signs."""
+    return name.replace("$", r"\$")
+
+
 def _styles(rows: list[Row]) -> dict[str, dict[str, Any]]:
     """One colour per family, one marker per method inside it."""
     styles: dict[str, dict[str, Any]] = {}
@@ -93,7 +98,7 @@ def budget_bars(data: dict[str, Any]) -> bytes:
         left += width
     error = [r.get("kl_stderr") or 0.0 for r in table]
     axes.errorbar(left, position, xerr=error, fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
-    axes.set_yticks(position, [r["method"] for r in table])
+    axes.set_yticks(position, [_plain(r["method"]) for r in table])
     axes.set_xlabel(f"KL(q || p0) = P + S + C at mean reward {target:.2f}   [nats]")
     axes.grid(axis="y", visible=False)
     figure.legend(frameon=False, loc="outside upper center", ncol=3)
@@ -110,7 +115,7 @@ def frontier(data: dict[str, Any]) -> bytes:
     rows = data["rows"]
     styles = _styles(rows)
     for method, (x, y) in _mean_by(rows, "kl", "reward").items():
-        axes.plot(x, y, linewidth=0.8, markersize=5, label=method, **styles[method])
+        axes.plot(x, y, linewidth=0.8, markersize=5, label=_plain(method), **styles[method])
     axes.set_xlabel("KL(q || p0)   [nats]")
     axes.set_ylabel("mean reward")
     axes.set_xlim(left=0)
@@ -138,7 +143,7 @@ def along_training(data: dict[str, Any]) -> bytes:
                 np.mean([c["reward"] for c in mine if c["step"] == s]) for s in steps
             ]
             y = [0.0] + [np.mean([c["C"] for c in mine if c["step"] == s]) for s in steps]
-            label = method if knob == min(c["knob_value"] for c in curves) else None
+            label = _plain(method) if knob == min(c["knob_value"] for c in curves) else None
             axes.plot(x, y, style, color=colour, label=label, linewidth=1.3, marker=".", markersize=4)
             axes.plot(x[-1], y[-1], "o", color=colour, markersize=6, markerfacecolor="none")
     axes.set_xlabel("mean reward reached")
@@ -159,7 +164,7 @@ def forward_against_reverse(data: dict[str, Any]) -> bytes:
             np.maximum(y, smallest),
             linewidth=0.8,
             markersize=5,
-            label=method,
+            label=_plain(method),
             **styles[method],
         )
     axes.set_xscale("log")

@@ -14,7 +14,7 @@ __all__ = ["html_report", "number", "plain_table"]
 
 Row = dict[str, Any]
 TEXT = ("method", "family")
-WITH_ERROR = ("S", "C", "C_fwd", "C_JS", "kl_q_law")
+WITH_ERROR = ("reward", "S", "C", "C_fwd", "C_JS", "kl_q_law", "kl_base")
 LAW = ("law_C", "law_S", "kl_q_law")
 MATCHED = (
     ("method", "method"),
@@ -60,6 +60,7 @@ INTERVALS = (
     ("C", "C"),
     ("C_fwd", "C_fwd"),
     ("C_JS", "C_JS"),
+    ("kl_q_law", "KL(q||law)"),
     ("kl_base", "KL(p0||q)"),
 )
 
@@ -133,7 +134,13 @@ def html_report(data: dict[str, Any], figures: dict[str, tuple[bytes, str]]) -> 
 
 
 def plain_table(rows: list[Row], columns: tuple[str, ...]) -> list[list[str]]:
-    """Cells of a table for the terminal."""
-    return [
-        [str(row[c]) if isinstance(row.get(c), str) else number(row.get(c)) for c in columns] for row in rows
-    ]
+    """Cells of a table for the terminal; C and C_fwd with their limits, if they are estimates."""
+
+    def cell(row: Row, name: str) -> str:
+        if isinstance(row.get(name), str):
+            return str(row[name])
+        limits = [number(row[f"{name}_{side}"]) for side in ("lower", "upper") if f"{name}_{side}" in row]
+        shown = f" [{', '.join(limits)}]" if limits and name in ("C", "C_fwd") else ""
+        return number(row.get(name)) + shown
+
+    return [[cell(row, name) for name in columns] for row in rows]

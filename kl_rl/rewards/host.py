@@ -129,7 +129,7 @@ def rewards_of(
       float32 [N].
 
     Raises:
-      BadRewardValue: naming prompt and completion.
+      BadRewardValue: naming prompt and completion; if bad values are skipped, when all are bad.
     """
     values, own = np.zeros(len(prompts), np.float32), share(len(prompts))
     problem = None
@@ -145,12 +145,17 @@ def rewards_of(
 def _scored(
     reward: HostReward, prompts: Sequence[str], completions: Sequence[str], *, skip: bool
 ) -> list[float]:
-    values = []
+    values, problem = [], None
     for found in zip(reward.values(prompts, completions), prompts, completions, strict=True):
         try:
             values.append(_checked(reward, *found))
-        except BadRewardValue:
+        except BadRewardValue as error:
             if not skip:
                 raise
             values.append(np.nan)
+            problem = problem or error
+    if problem is not None and np.isnan(values).all():
+        raise BadRewardValue(
+            f"the reward function failed on every completion, as here: {problem}"
+        ) from problem
     return values

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from kl_rl.methods.card import Method, parsed_options
+import numpy as np
+import optax
+
+from kl_rl.core.twist import Twist
+from kl_rl.methods.card import Given, Method, parsed_options
 from kl_rl.methods.catalogue import METHODS, method_named
 from kl_rl.methods.memory import given
-from kl_rl.methods.needs import Feed, base_policy, own_policy
+from kl_rl.methods.needs import PERMISSIONS, Feed, Needs, base_policy, frozen_policy, own_policy
 from kl_rl.runs.settings import Learning, Sizes, Task
 from kl_rl.storage.errors import RunError
 
@@ -65,16 +69,37 @@ def _value(method: Method, task: Task, said: str | None) -> float:
     return float(value)
 
 
+def _needs(choice: Choice, sizes: Sizes) -> Needs:
+    """Those of the card, without what the algorithm with these options does not permit."""
+    optimizer, head = (
+        lambda *_, **__: optax.identity(),
+        lambda _: Twist((), lambda *ids: ids[0]),
+    )  # never called
+    dry: Any = Given(optimizer, head, sizes.steps, np.zeros(1), 0)  # type: ignore[arg-type]
+    try:
+        made = choice.method.made(choice.value, dry).needs
+    except ValueError as error:
+        raise RunError(f"{choice.method.name}: {error}") from error
+    both = {name: getattr(made, name) and getattr(choice.method.needs, name) for name in PERMISSIONS}
+    return choice.method.needs._replace(**both)
+
+
 def check_choice(choice: Choice, sizes: Sizes, learning: Learning) -> None:
     """Hold what a method needs against what a run gives it.
 
     Raises:
       RunError: naming the option.
     """
-    method, needs, samples = choice.method, choice.method.needs, sizes.num_samples
+    method, samples = choice.method, sizes.num_samples
+    needs = _needs(choice, sizes)
     if choice.drawn_by == "data" and not needs.foreign:
+        who = "an earlier policy of its own" if needs.behaviour is frozen_policy else "its own policy"
         raise RunError(
-            f"{method.name} learns from samples of its own policy and cannot use --data; these can: {_those('foreign')}"
+            f"{method.name} learns from samples of {who} and cannot use --data; these can: {_those('foreign')}"
+        )
+    if method.memory.filling and not needs.foreign:
+        raise RunError(
+            f"{method.name} keeps samples, but learns from fresh ones only (Needs.foreign is False)"
         )
     if samples < max(2, needs.samples):
         raise RunError(f"--num-samples must be at least {max(2, needs.samples)}; got {samples}")
@@ -122,7 +147,8 @@ def choose(task: Task, sizes: Sizes, learning: Learning) -> Choice:
     except ValueError as error:
         raise RunError(str(error)) from error
     memory = method.memory if task.data is None else given()
-    method = method._replace(options={**method.options, **options}, memory=memory)
+    law = None if options else method.law  # a card's law is that of its options
+    method = method._replace(options={**method.options, **options}, memory=memory, law=law)
     choice = Choice(method, _value(method, task, said[-1].partition("=")[2] if said else None))
     check_choice(choice, sizes, learning)
     return choice

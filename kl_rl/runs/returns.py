@@ -20,6 +20,7 @@ from kl_rl.storage.errors import RunError
 __all__ = [
     "RETURNS_FILE",
     "RETURN_TOKENS",
+    "by_token",
     "deployed_policy",
     "padded_edges",
     "with_returns",
@@ -51,6 +52,22 @@ def padded_edges(reward: np.ndarray) -> np.ndarray:
     padded = np.full(RETURN_TOKENS - 1, np.inf, np.float32)
     padded[: len(edges)] = edges
     return padded
+
+
+def by_token(reward: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Rewards as a conditional model knows them: each is the mean of the base's that share its return token.
+
+    Args:
+      reward: of any completions.
+      base: of the base's, from which the boundaries between tokens are.
+
+    Returns:
+      As ``reward``.
+    """
+    edges = return_edges(base.ravel(), tokens=RETURN_TOKENS)
+    token = lambda x: np.searchsorted(edges, x, side="right")
+    mass = np.maximum(np.bincount(token(base.ravel()), minlength=len(edges) + 1), 1)
+    return (np.bincount(token(base.ravel()), base.ravel(), len(edges) + 1) / mass)[token(reward)]
 
 
 def write_returns(folder: Path, first_token: int, log_prior: np.ndarray, edges: np.ndarray) -> None:

@@ -12,6 +12,8 @@ __all__ = ["fingerprint"]
 def fingerprint(path: str | Path) -> dict[str, Any] | None:
     """Size and checksum of the ends of a file, or of each file of a checkpoint, to see changes; None: no such file."""
     path = Path(path).expanduser()
+    if not path.exists() and path.suffix.startswith(".py:"):  # a function in a file
+        path = path.with_suffix(".py")
     if path.is_dir():
         files = sorted([*path.glob("*.safetensors"), *path.glob("config.json"), *path.glob("tokenizer.json")])
         return {file.name: fingerprint(file) for file in files}

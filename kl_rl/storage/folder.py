@@ -68,6 +68,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     os.replace(temporary, path)
 
 
+def _flat(settings: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    if not isinstance(settings, dict):
+        return {name: settings}
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{name}.{key}" if name else str(key))
+    return found
+
+
 class Session:
     """An output folder held by one process: ``run.json`` (settings), ``results.jsonl``, ``curves.jsonl``.
 
@@ -119,11 +129,12 @@ class Session:
             before = json.loads(path.read_text())
         except ValueError as error:
             raise OutputError(f"{path}: not valid JSON ({error}); choose another --out") from error
-        changed = sorted(k for k in {*settings, *before} if settings.get(k) != before.get(k))
+        old, new = _flat(before), _flat(settings)
+        changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
         if changed:
             key = changed[0]
             raise OutputError(
-                f"{path}: this run was started with {key} = {before.get(key)!r}, now asked for {settings.get(key)!r}; "
+                f"{path}: this run was started with {key} = {old.get(key)!r}, now asked for {new.get(key)!r}; "
                 "repeat the old options with --resume, or choose another --out"
             )
 

@@ -13,24 +13,35 @@ from typing import Any
 import numpy as np
 
 from kl_rl.experiments.compare.matched import matched, summary
+from kl_rl.methods import laws
 from kl_rl.report.figures import draw
 from kl_rl.report.html import html_report
 from kl_rl.storage.folder import Session, clean, write_atomically
 
-__all__ = ["collect", "finish", "frame", "frontier_price", "seed_means"]
+__all__ = ["collect", "finish", "frame", "frontier_of", "price_along", "seed_means"]
 
 Row = dict[str, Any]
 
 
-def _frontier(law: list[list[float]]) -> list[list[float]]:
-    """(KL, reward) along the exact tilts of the base's reward law."""
-    value, mass = np.array(law).T
-    points = []
-    for lam in np.concatenate([[0.0], np.geomspace(1e-3, 30.0, 2000)]):
-        exponent = lam * (value - value.max())
-        log_z = np.log(mass @ np.exp(exponent))
-        mean = (mass * np.exp(exponent - log_z)) @ value
-        points.append([float(lam * (mean - value.max()) - log_z), float(mean)])
+def frontier_of(log_base: np.ndarray, reward: np.ndarray) -> list[list[float]]:
+    """(KL, mean reward) along the tilts of p0: one temperature for all prompts, each with a law of its own.
+
+    ``KL = mean_x {lambda mu_x - log E_{p0} [e^{lambda r} | x]}``, nats: the least that buys the mean reward.
+
+    Args:
+      log_base: of strings or of samples (``-log N``); [P, N].
+      reward: [P, N].
+
+    Returns:
+      Points of ascending reward, p0 first.
+    """
+    mass, value = laws.by_level(log_base, reward)
+    points = [[0.0, laws.mean_reward(laws.normalized(mass), value)]]
+    with np.errstate(invalid="ignore"):
+        for tilt in np.geomspace(1e-3, 300.0, 1000) / np.ptp(reward):
+            log_q = laws.tilt(mass, value, 1.0 / tilt)
+            kl = np.where(np.isneginf(log_q), 0.0, np.exp(log_q) * (log_q - mass)).sum(-1).mean()
+            points.append([float(kl), laws.mean_reward(log_q, value)])
     return points
 
 
@@ -82,11 +93,10 @@ def _checks(rows: list[Row]) -> list[str]:
     return lines
 
 
-def frontier_price(law: list[list[float]]) -> tuple[list[list[float]], Callable[[float], float]]:
-    """The frontier of a reward law, and P as a function of the mean reward by interpolation along it."""
-    frontier = _frontier(law)
+def price_along(frontier: list[list[float]]) -> Callable[[float], float]:
+    """P as a function of the mean reward, by interpolation along the frontier."""
     kl, reward = np.array(frontier).T
-    return frontier, lambda mean: float(np.interp(mean, reward, kl))
+    return lambda mean: float(np.interp(mean, reward, kl))
 
 
 def frame(rows: list[Row], world: Row) -> Row:
@@ -124,11 +134,11 @@ def collect(folder: Path, rows: list[Row], curves: list[Row], world: Row) -> Row
         r for r in rows if r["method"] not in stepped and r["knob"] != "none" and r["method"] != "control"
     ]
     path += [c | {"family": families[c["method"]]} for c in curves if c["method"] in stepped]
-    frontier, price = frontier_price(world["law"])
-    matched_reward = matched(path, "reward", targets, base_reward, price)
+    frontier = frontier_of(np.log(mass)[None], value[None])
+    matched_reward = matched(path, "reward", targets, base_reward, price_along(frontier))
     return frame(rows, world) | {
         "question": world["question"],
-        "answer": summary(matched_reward, targets[0]),
+        "answer": summary(matched_reward, targets),
         "targets": targets,
         "main_target": targets[0],
         "kl_targets": kl_targets,

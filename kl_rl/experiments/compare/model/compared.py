@@ -6,14 +6,13 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from kl_rl.experiments.compare.main import frontier_of
 from kl_rl.experiments.compare.model.further import references
 from kl_rl.experiments.compare.model.ground import Comparison, ModelGround, check_methods, open_ground
 from kl_rl.experiments.compare.model.lanes import Clock, Lane, clear, lanes_of, run_lane, stopped_by
 from kl_rl.methods.card import Method
 from kl_rl.rewards.host import HostReward
-from kl_rl.storage.errors import Stopped
+from kl_rl.storage.errors import BadRewardValue, Stopped
 from kl_rl.storage.folder import Session, provenance, write_atomically
 
 __all__ = ["Comparison", "Outcome", "compare_on_model"]
@@ -46,7 +45,6 @@ def _done(rows: list[dict[str, Any]]) -> set[str]:
 
 def _facts(ground: ModelGround, about: dict[str, Any]) -> dict[str, Any]:
     """What the report says about the question."""
-    value, count = np.unique(ground.reward, return_counts=True)
     comparison = ground.comparison
     return {
         "name": comparison.question.base,
@@ -54,8 +52,9 @@ def _facts(ground: ModelGround, about: dict[str, Any]) -> dict[str, Any]:
         "base_reward_mean": float(ground.reward.mean()),
         "base_reward_sd": float(ground.reward.std()),
         "targets": list(ground.targets),
-        "law": [[float(v), float(c) / ground.reward.size] for v, c in zip(value, count, strict=True)],
+        "frontier": frontier_of(ground.log_base, ground.reward),
         "prompts_trained": len(ground.inputs.train.texts),
+        "held_out": not set(ground.inputs.train.texts) & set(ground.inputs.held_out.texts),
         "prompts_measured": len(ground.inputs.held_out.texts),
         "samples": ground.reward.size,
         "steps": comparison.sizes.steps,
@@ -92,28 +91,35 @@ def compare_on_model(
 
     Raises:
       RunError, DataError: naming what cannot be used.
+      Stopped, BadRewardValue: before there is any row; it goes on from where it was.
     """
 
     def between() -> None:
         if clock.asked():
             raise Stopped(0, str(clock.signal), clock.code)
 
-    check_methods(methods, comparison)
+    check_methods(methods, comparison.sizes, comparison.learning)
     lanes: list[Lane] = []
     try:
         progress(0.0, "opening the base model")
         ground = open_ground(comparison, session.folder / "base", between, reward)
-        facts = json.dumps(_facts(ground, about or {}), indent=1)
-        write_atomically(session.folder / "world.json", facts + "\n")
-        lanes = lanes_of(methods, ground)
+        lanes, unaimed = lanes_of(methods, ground)
+        facts = _facts(ground, (about or {}) | {"unaimed": unaimed})
+        write_atomically(session.folder / "world.json", json.dumps(facts, indent=1) + "\n")
         done = _done(session.rows(_RESULTS))
         named = provenance()
         session.append(_RESULTS, [row | named for row in references(ground) if row["lane"] not in done])
         return _train(lanes, ground, session, clock, progress, done, named)
-    except Stopped as stop:
+    except (Stopped, BadRewardValue) as error:
         done = _done(session.rows(_RESULTS))
+        if not done and not clock.over:
+            raise
         missing = tuple(lane.name for lane in lanes if lane.name not in done)
-        return Outcome(missing, stopped_by(clock, stop), 0 if clock.over else stop.code)
+        if isinstance(error, BadRewardValue):
+            return Outcome(missing, str(error), 2)
+        return Outcome(
+            missing, stopped_by(clock, error), 0 if clock.over and clock.signal is None else error.code
+        )
 
 
 def _train(

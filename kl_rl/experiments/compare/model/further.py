@@ -16,7 +16,9 @@ from kl_rl.methods import laws
 from kl_rl.methods.knobs import BETA, aim
 from kl_rl.particles.importance import log_normalizer, tilted_expectation
 from kl_rl.rewards.lexicon_text import words_in
+from kl_rl.runs.choice import Choice
 from kl_rl.runs.evaluate import Column
+from kl_rl.runs.returns import by_token
 from kl_rl.tokenizer import Tokenizer
 
 __all__ = ["further", "references"]
@@ -29,27 +31,30 @@ def _with_error(name: str, estimate: Estimate) -> dict[str, float]:
 
 
 def further(
-    tokenizer: Tokenizer, beta: float | None, row: dict[str, Any], tuned: Column, base: Column
+    tokenizer: Tokenizer, choice: Choice, row: dict[str, Any], tuned: Column, base: Column
 ) -> dict[str, Any]:
     """What a measurement says beyond its budget.
 
     Args:
       tokenizer: makes texts of tokens.
-      beta: temperature of the posterior that the lane aimed at; None: the one that fits its rewards.
+      choice: the lane's method and its knob.
       row: the measurement so far.
       tuned: samples of q, scored under p0.
       base: samples of p0, scored under q.
 
     Returns:
       The mean reward with its error; with base samples as particles, KL(p*||q), KL(q||p*) and H(p*) - H(q), nats; the
-      word that q repeats most beyond what its rewards explain.
+      word that q repeats most beyond what its rewards explain; KL(q||law), what training lost on the way to the
+      method's own fixed point, if it has one.
     """
     good, whole = np.isfinite(tuned.reward), bool(np.isfinite(base.reward).all())
     found: dict[str, Any] = _with_error("reward", mean_estimate(tuned.reward[good]))
-    beta = row["beta_fit"] if beta is None else beta
+    beta = choice.value if choice.method.knob is BETA else row["beta_fit"]
     found["beta"] = beta
     if beta is not None and np.isfinite(beta) and whole:
         found |= _against_posterior(beta, row["kl"], found["reward"], tuned, base)
+    if choice.method.law is not None and good.all() and whole:
+        found |= _against_law(choice, tuned, base)
     words = lambda column: [frozenset(words_in(text)) for text in column.texts(tokenizer)]
     seen = attractor(tuned.reward, words(tuned), base.reward, words(base)) if good.all() and whole else None
     return found | {"attractor": seen and seen.name, "attractor_lift": seen and seen.lift}
@@ -67,6 +72,31 @@ def _against_posterior(
     entropy = float(np.mean(-tuned.log_own))
     distances = {"kl_q_pstar": kl - reward / beta - free.value, "entropy_gap": -cross.value - entropy}
     return _with_error("kl_pstar_q", forward) | distances
+
+
+_POINT = 1e-9  # mass of a completion of q beside those of p0, where a law is evaluated
+
+
+def _against_law(choice: Choice, tuned: Column, base: Column) -> dict[str, float | None]:
+    """``KL(q||law) = E_q [log q - log p0 - log law / p0]``; the last is a function of prompt and reward.
+
+    It is read off the law of p0's samples, to which those of q are added with next to no mass; where q earns less than
+    all of p0's for a prompt, the least of these stands for it.
+    """
+    assert tuned.log_other is not None and choice.method.law is not None
+    drawn, points = base.reward[base.by_prompt], tuned.reward[tuned.by_prompt]
+    if choice.method.needs.returns:
+        drawn, points = by_token(drawn, drawn), by_token(points, drawn)
+    points = np.maximum(points, drawn.min(1, keepdims=True))
+    log_base = np.full(drawn.shape, -np.log(drawn.shape[1]))
+    log_point = np.full(points.shape, np.log(_POINT))
+    both = np.concatenate([log_base, log_point], 1), np.concatenate([drawn, points], 1)
+    law = choice.method.law(*both, choice.value)[:, drawn.shape[1] :] - log_point
+    if not np.isfinite(law).all():
+        return {"kl_q_law": None, "kl_q_law_stderr": None}
+    log_ratio = (tuned.log_own - tuned.log_other)[tuned.by_prompt]
+    found = mean_estimate((log_ratio - law).ravel())
+    return {"kl_q_law": found.value, "kl_q_law_stderr": found.stderr}
 
 
 def _named(method: str, knob: str, value: float) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from kl_rl.runs.choice import Choice, check_choice
 from kl_rl.runs.evaluate import Column, base_column
 from kl_rl.runs.job import Inputs, Job, assemble, execution_of
 from kl_rl.runs.prompts import load_prompts, reader_of, split_rows
-from kl_rl.runs.returns import with_returns
+from kl_rl.runs.returns import by_token, with_returns
 from kl_rl.runs.settings import Learning, Sizes
 from kl_rl.storage.errors import RunError
 
@@ -110,9 +110,13 @@ class ModelGround(NamedTuple):
         """Where the knob stands to reach each target, without repetitions.
 
         Early stopping is one lane for all targets, at the strongest tilt; without a knob there is one lane.
+
+        Raises:
+          NoFixedPoint: the method has none on these samples.
         """
         samples = self.comparison.sizes.num_samples
-        to = lambda law, mean, knob: aim(law, self.log_base, self.reward, mean, knob, samples=samples)
+        reward = by_token(self.reward, self.reward) if method.needs.returns else self.reward
+        to = lambda law, mean, knob: aim(law, self.log_base, reward, mean, knob, samples=samples)
         if method.knob is None:
             return [0.0]
         if method.law is None:
@@ -123,7 +127,7 @@ class ModelGround(NamedTuple):
 def _targets(reward: np.ndarray, shifts: tuple[float, ...]) -> tuple[float, ...]:
     """Mean rewards some standard deviations above the base's, at most 0.9 of the way to the largest seen."""
     top = reward.max(1).mean() - reward.mean()
-    return tuple(float(reward.mean() + min(s * reward.std(), 0.9 * top)) for s in shifts)
+    return tuple(dict.fromkeys(float(reward.mean() + min(s * reward.std(), 0.9 * top)) for s in shifts))
 
 
 def open_ground(
@@ -167,7 +171,7 @@ def open_ground(
     return ground._replace(targets=_targets(ground.reward, question.shifts))
 
 
-def check_methods(methods: tuple[Method, ...], comparison: Comparison) -> None:
+def check_methods(methods: tuple[Method, ...], sizes: Sizes, learning: Learning) -> None:
     """Refuse, before anything is opened, what a method needs and these sizes do not give.
 
     Raises:
@@ -175,4 +179,4 @@ def check_methods(methods: tuple[Method, ...], comparison: Comparison) -> None:
     """
     for method in methods:
         low = 1.0 if method.knob is None or method.knob.option == "n" else 0.5
-        check_choice(Choice(method, low), comparison.sizes, comparison.learning)
+        check_choice(Choice(method, low), sizes, learning)

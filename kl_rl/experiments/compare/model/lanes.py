@@ -16,7 +16,7 @@ import numpy as np
 from kl_rl.experiments.compare.model.further import further
 from kl_rl.experiments.compare.model.ground import ModelGround
 from kl_rl.methods.card import Method
-from kl_rl.methods.knobs import BETA
+from kl_rl.methods.laws import NoFixedPoint
 from kl_rl.runs.choice import Choice
 from kl_rl.runs.step import Diverged
 from kl_rl.runs.train import Files, train
@@ -47,17 +47,28 @@ class Lane(NamedTuple):
         return f"{self.method.name}-{self.value:g}-{self.seed}"
 
 
-def lanes_of(methods: tuple[Method, ...], ground: ModelGround) -> list[Lane]:
-    """All lanes: every method at its first aim, then at the next, then the same with another seed."""
-    values = {method.name: ground.values(method) for method in methods}
+def lanes_of(methods: tuple[Method, ...], ground: ModelGround) -> tuple[list[Lane], dict[str, str]]:
+    """All lanes: every method at its first aim, then at the next, then the same with another seed.
+
+    Returns:
+      The lanes; and of methods that cannot be aimed at these rewards, why not.
+    """
+    values: dict[str, list[float]] = {}
+    unaimed = {}
+    for method in methods:
+        try:
+            values[method.name] = ground.values(method)
+        except NoFixedPoint as error:
+            values[method.name], unaimed[method.name] = [], str(error)
     most = max(map(len, values.values()))
-    return [
+    lanes = [
         Lane(method, values[method.name][index], ground.comparison.learning.seed + seed)
         for seed in range(ground.comparison.seeds)
         for index in range(most)
         for method in methods
         if index < len(values[method.name])
     ]
+    return lanes, unaimed
 
 
 class Clock(Preemption):
@@ -70,7 +81,7 @@ class Clock(Preemption):
     def __init__(self, minutes: float | None):
         super().__init__()
         self._began, self._budget = time.monotonic(), None if minutes is None else 60.0 * minutes
-        self._took: dict[str, list[float]] = {}
+        self._took: dict[str, float] = {}
         self.over = False
 
     @property
@@ -84,15 +95,15 @@ class Clock(Preemption):
         return super().asked() or self.over
 
     def note(self, method: str, seconds: float) -> None:
-        """What a lane took."""
-        self._took.setdefault(method, []).append(seconds)
+        """What the last lane of a method took."""
+        self._took[method] = seconds
 
     def fits(self, method: str) -> bool:
         """Whether another lane of a method is likely to end in time; an unknown one is tried while there is some."""
         if self._budget is None:
             return True
-        known = self._took.get(method) or [float(np.mean(times)) for times in self._took.values()]
-        return self.elapsed + (known[-1] if known else 0.0) <= _OVER * self._budget
+        others = float(np.mean(list(self._took.values()))) if self._took else 0.0
+        return self.elapsed + self._took.get(method, others) <= _OVER * self._budget
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -140,10 +151,9 @@ def run_lane(
     started, sizes = time.perf_counter(), ground.comparison.sizes
     job = ground.job(Choice(lane.method, lane.value), lane.seed)
     every = max(1, sizes.steps // _LOOKS) if lane.stopped else 0
-    beta = lane.value if lane.method.knob is BETA else None
     job = job._replace(
         sizes=dataclasses.replace(sizes, eval_every=every),
-        extras=functools.partial(further, job.inputs.model.tokenizer, beta),
+        extras=functools.partial(further, job.inputs.model.tokenizer, job.choice),
     )
     files = Files(folder, max(1, sizes.steps // 4), export=False, measure_first=False)
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import numpy as np
 
 from kl_rl.runs.programs import Drawn
 from kl_rl.runs.step import Rewarded
+from kl_rl.storage.folder import write_atomically
 
 __all__ = ["SharedSamples"]
 
@@ -25,17 +29,19 @@ class SharedSamples:
         self._folder, self._between = folder, between
 
     def __call__(self, name: str, draw: Callable[[], Rewarded]) -> Rewarded:
-        """The samples of this name, drawn if they are not there yet."""
+        """The samples of this name, drawn if they are not there yet; kept, if no reward failed."""
         path = self._folder / f"{name}.npz"
-        if path.exists():
+        with contextlib.suppress(
+            FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, EOFError
+        ):  # or damaged
             with np.load(path, allow_pickle=False) as kept:
                 arrays = [kept[field] for field in Drawn._fields]
                 return Rewarded(Drawn(*arrays), kept["reward"])
         self._between()
         found = draw()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        with open(unfinished, "wb") as file:
-            np.savez(file, **found.drawn._asdict(), reward=found.reward)
-        unfinished.rename(path)
+        if np.isfinite(found.reward).all():  # a reward that fails may be mended
+            self._folder.mkdir(parents=True, exist_ok=True)
+            content = io.BytesIO()
+            np.savez(content, **found.drawn._asdict(), reward=found.reward)
+            write_atomically(path, content.getvalue())
         return found

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kl_rl.experiments.compare.main import frame, frontier_price
+from kl_rl.experiments.compare.main import frame, price_along
 from kl_rl.experiments.compare.matched import matched, summary
 
 __all__ = ["collect_model"]
 
 Row = dict[str, Any]
+_HELD = {True: " held out of training", False: " that were trained on too (none was held out)"}
 
 
 def _interval(row: Row, name: str) -> str:
@@ -33,6 +34,7 @@ def _checks(rows: list[Row], facts: Row) -> list[str]:
             f"and {row['log_z_upper']:.4f} \u00b1 {row['log_z_upper_stderr']:.4f} nats (posterior particles by "
             f"{row['particles']})."
         )
+    lines += [f"{name} was not trained: {why}." for name, why in facts.get("unaimed", {}).items()]
     return lines + [f"{r['lane']} failed: {r['failed']}" for r in rows if r.get("failed")]
 
 
@@ -72,31 +74,29 @@ def collect_model(folder: Path, rows: list[Row], curves: list[Row], facts: Row) 
       The data of the report.
     """
     usable = [r for r in rows if r.get("C") is not None and r.get("reward") is not None]
-    frontier, price = frontier_price(facts["law"])
     path = [r for r in usable if r["method"] not in ("base", "control") and r["knob"] != "none"]
     targets = [float(t) for t in facts["targets"]]
-    table = matched(path, "reward", targets, facts["base_reward_mean"], price)
-    answer = (
-        summary(table, targets[0]) + " All of these are estimates; every run has its intervals in the report."
-    )
+    price = price_along(facts["frontier"])
+    table = matched(path, "reward", targets, facts["base_reward_mean"], price, limits=True)
     world = facts | {
-        "subtitle": f"Measured on {facts['prompts_measured']} held-out prompts with {facts['samples']} completions of "
-        "either model: estimates with 95 % intervals for these prompts."
+        "subtitle": f"Measured on {facts['prompts_measured']} prompts{_HELD[facts['held_out']]} with "
+        f"{facts['samples']} completions of either model: estimates, with 95 % intervals for these prompts. The knobs "
+        "were aimed at the rewards of the same completions of p0 that C is measured with; those of q are fresh."
     }
     return frame(rows, world) | {
         "question": _question(facts),
-        "answer": answer,
+        "answer": summary(table, targets),
         "targets": targets,
         "main_target": targets[0],
         "matched_reward": table,
-        "matched_kl": matched(path, "kl", [0.5, 1.0], facts["base_reward_mean"]),
+        "matched_kl": matched(path, "kl", [0.5, 1.0], facts["base_reward_mean"], limits=True),
         "kl_targets": [0.5, 1.0],
         "means": [],
         "intervals": [r for r in usable if r["method"] != "base"],
         "previews": _previews(folder, [r for r in rows if r["family"] != "reference"]),
         "checks": _checks(rows, facts),
         "warnings": [f"{r['lane']}: {w}" for r in rows for w in r.get("warnings") or ()],
-        "frontier": frontier,
+        "frontier": facts["frontier"],
         "base_reward": facts["base_reward_mean"],
         "rows": usable,
         "curves": [],
