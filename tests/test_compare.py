@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kl_rl.experiments.compare.main import frontier_of, price_along
-from kl_rl.experiments.compare.matched import matched
+from kl_rl.experiments.compare.matched import matched, summary
 from kl_rl.methods import METHODS, laws
 
 WORLD = {
@@ -185,6 +185,27 @@ def test_interpolation_is_exact_where_divergences_are_quadratic():
     assert missed == {"method": "m", "family": "f", "target": 9.0, "seeds": 0, "passed": False}
     at_kl = matched(rows, "kl", [0.3 * 1.5**2], base_reward=1.0)[0]
     np.testing.assert_allclose([at_kl["reward"], at_kl["C"]], [2.5, 0.1 * 1.5**2])
+
+
+def _lost(method, low, high, **more):
+    value = 1.5 * low
+    row = {"method": method, "family": method, "target": 1.0, "seeds": 1, "passed": True, "kl": 2.0, "P": 0.5}
+    return row | {"C": value, "C_fwd": value, "C_fwd_lower": low, "C_fwd_upper": high} | more
+
+
+def test_the_answer_ranks_only_what_intervals_tell_apart():
+    a, b, c = _lost("a", 0.1, 0.3), _lost("b", 0.2, 0.5), _lost("c", 0.4, np.nan)
+    assert "cannot be told apart" in summary([a, b], [1.0])
+    said = summary([a, b, c], [1.0])
+    assert "a (a) loses less" in said and "than c 0.4" not in said and "than c" in said
+    assert "not told apart from it: b" in said
+    exact = [{k: v for k, v in r.items() if not k.endswith(("lower", "upper"))} for r in (a, b)]
+    assert "a (a) loses least" in summary(exact, [1.0]) and "b (b) most" in summary(exact, [1.0])
+    assert "most" not in summary(exact[:1], [1.0])
+    unreached = {"method": "a", "family": "a", "target": 1.0, "seeds": 0, "passed": True}
+    assert "went further at once" in summary([unreached], [1.0])
+    assert "train longer" in summary([unreached | {"passed": False}], [1.0])
+    assert "all methods have lost" in summary([_lost("a", 0.1, np.inf) | {"C_fwd": np.inf}], [1.0])
 
 
 def test_the_frontier_is_the_price():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -73,6 +74,57 @@ def test_one_report_with_intervals_for_every_lane(whole, world):
     assert not list(out.glob("lanes/*/checkpoints"))
 
 
+def test_matched_numbers_are_those_of_the_rows(whole):
+    """The posterior at its own target, priced prompt by prompt; and every lane with its limits and its law."""
+    out, summary = whole
+    own = {row["reward"]: row["kl"] for row in rows(out) if row["method"] == "p*"}
+    found = [row for row in summary["matched_reward"] if row["method"] == "p*"]
+    assert len(own) == len(found) == len(summary["targets"])
+    for row in found:
+        nearest = min(own, key=lambda reward: abs(reward - row["target"]))
+        assert row["kl"] == pytest.approx(own[nearest], rel=2e-2)
+    reached = [row for row in summary["matched_reward"] if row["seeds"] and row["family"] != "reference"]
+    assert all(row["C_fwd_lower"] <= row["C_fwd"] for row in reached)
+    lawful = [row for row in rows(out) if row["method"] == "rloo"]
+    for row in lawful:
+        assert row["kl_q_law"] == pytest.approx(row["kl_q_pstar"], abs=5.0 * row["kl_q_law_stderr"] + 1e-6)
+
+
+FAILING = """
+from pathlib import Path
+
+def score(prompt, completion):
+    if Path(__file__).with_name("broken").exists():
+        return "nonsense"
+    return float(completion.count("a"))
+"""
+
+
+def test_a_reward_that_fails_can_be_mended(world, tmp_path, capsys):
+    """Before anything is measured, and in a later lane: one line with the reason, and --resume goes on."""
+    (tmp_path / "reward.py").write_text(FAILING)
+    broken = tmp_path / "broken"
+    reward = ["--reward", str(tmp_path / "reward.py:score")]
+    asked = lambda *more: main(command(world, tmp_path / "run", *reward, *more, methods=("rloo", "filter")))
+    broken.touch()
+    assert asked() == 2
+    said = capsys.readouterr().err
+    assert "failed on every completion" in said and "'nonsense'" in said and "--resume" in said
+    broken.unlink()
+    assert asked("--resume") == 0
+    finished = rows(tmp_path / "run")
+    (tmp_path / "run" / "results.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in finished if row["method"] != "filter")
+    )
+    for lane in (tmp_path / "run" / "lanes").glob("filter-*"):
+        shutil.rmtree(lane)
+    for kept in (tmp_path / "run" / "base").glob("*/*.npz"):
+        kept.write_bytes(b"damaged")
+    assert asked("--resume") == 0
+    by_lane = lambda found: sorted(map(timeless, found), key=lambda row: row["lane"])
+    assert by_lane(rows(tmp_path / "run")) == by_lane(finished)
+
+
 def test_killed_and_resumed_it_is_the_same_and_repeats_nothing(whole, world):
     out = world.folder / "killed"
     process = subprocess.Popen(
@@ -135,6 +187,9 @@ def test_a_lane_is_stopped_when_the_time_is_over(world, tmp_path, capsys, monkey
     assert list((tmp_path / "run").glob("lanes/rloo-*/checkpoints"))
 
 
+OTHERS = """
+TWICE, PATH, CONTROL = (MINE._replace(name=name) for name in ("rloo", "../../up", "control"))
+"""
 BAD = {
     "no such base": ({"--base": "nowhere"}, "nowhere: no such folder"),
     "no prompts": ({"--prompts": "nowhere.jsonl"}, "nowhere.jsonl: cannot be read"),
@@ -142,6 +197,8 @@ BAD = {
     "missing prompts": ({"--prompts": None}, "--base needs --prompts"),
     "unknown method": ({"--methods": "rlfh"}, "unknown method 'rlfh'; did you mean rlhf?"),
     "twice": ({"--methods": "rloo mine.py:TWICE"}, "two methods are called rloo"),
+    "a path": ({"--methods": "mine.py:PATH"}, "a name has letters, digits"),
+    "reserved": ({"--methods": "mine.py:CONTROL"}, "reports call something else so"),
     "no time": ({"--minutes": "0"}, "--minutes must be positive"),
     "odd": (
         {"--methods": "dpo", "--num-samples": "3"},
@@ -155,7 +212,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_clear_line(name, world, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(CARD + "TWICE = MINE._replace(name='rloo')\n")
+    (tmp_path / "mine.py").write_text(CARD + OTHERS)
     changes, message = BAD[name]
     asked = command(world, tmp_path / "run")
     for option, value in changes.items():
