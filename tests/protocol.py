@@ -18,7 +18,6 @@ from kl_rl.methods import (
     Given,
     Head,
     Method,
-    bradley_terry,
     laws,
 )
 from kl_rl.methods.conditioning import ReturnCounts, return_edges
@@ -175,8 +174,8 @@ def batch_of(method: Method, ground: Ground, drawer: Policy, key, num_samples: i
     """A batch as the method wants it, drawn by anybody."""
     draw_key, rater_key = jax.random.split(key)
     batch = rollout(drawer, draw_key, ground.prompt, reward_fn, num_samples=num_samples, horizon=HORIZON)
-    if method.needs.feed is Feed.PAIRS:
-        batch = batch._replace(label=bradley_terry(rater_key, batch.reward))
+    if method.needs.feed in (Feed.LABELS, Feed.PAIRS):
+        batch, _ = method.memory.draw((), rater_key, batch)
     return batch
 
 

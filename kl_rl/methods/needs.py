@@ -36,6 +36,7 @@ class Feed(enum.Enum):
     """What a batch says of its samples."""
 
     REWARDS = "completions with rewards"
+    LABELS = "completions with labels"
     PAIRS = "comparisons of two completions"
     RANKINGS = "rankings of completions"
     EPISODES = "episodes"

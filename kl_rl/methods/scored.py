@@ -157,7 +157,7 @@ def check_batch(
             f"the policy has a vocabulary of {own} tokens, the base of {base}: a posterior reweights the strings of "
             "its base, so both must have the same"
         )
-    if needs.feed in (Feed.PAIRS, Feed.RANKINGS):
+    if needs.feed in (Feed.LABELS, Feed.PAIRS, Feed.RANKINGS):
         if batch.label is None:
             raise ValueError(f"this method learns from {needs.feed.value}: Trajectories.label is missing")
         _check_finite("label", batch.label)

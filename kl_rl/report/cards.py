@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 _WHO: dict[Any, str] = {own_policy: "the policy", base_policy: "p0", frozen_policy: "an earlier policy"}
+_JUDGED = {Feed.PAIRS: ", compared by raters", Feed.LABELS: ", labelled by raters"}
 _PARTS = ("kl", "P", "S", "C")
 # A world of 27 strings, small enough to print: texts of three letters from a Markov chain, and how many are c, plus one
 # if the text ends as it began.
@@ -99,7 +100,7 @@ def _source(method: Method) -> str:
         who = "p0, drawn once" if kept.filling else "a data set"
     elif kept.filling:
         who += " and its past"
-    return who + (", compared by raters" if method.needs.feed is Feed.PAIRS else "")
+    return who + _JUDGED.get(method.needs.feed, "")
 
 
 def _needs(method: Method) -> list[str]:
