@@ -1,10 +1,11 @@
-"""The protocol: every card, with one prompt and with three of different reward laws, on tables and on a decoder.
+"""The protocol: every card, with one prompt and with three, on tables and on a decoder.
 
 Its law is stationary, away from it is not; it is reached; and every permission in its needs is proved by an experiment.
 """
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,23 +144,23 @@ def test_protocol(name):
 def test_one_trace_for_any_knob_weights_and_seed(name):
     method, ground = NAMED[name], ground_with(1)
     source = fresh(ground.prompt, reward_fn, num_samples=4, horizon=HORIZON, memory=method.memory)
-    traces = []
+    chex.clear_trace_counter()  # it knows functions by their names
 
-    @jax.jit
-    def train(base, knob, key):
-        traces.append(1)
+    def trained(base, knob, key):
         algorithm = method.made(knob, given(ground, optax.sgd(1.0)))
         posterior = posterior_of(method, base, knob)
         run = fit.start(algorithm, base, posterior, source, key)
         return fit.advance(algorithm, run, posterior, source, num_steps=2)[0].state.policy.params
 
+    train = jax.jit(chex.assert_max_traces(trained, n=1))
     value = value_of(method)
     heavier = ground.base.with_params(ground.base.params * 1.1)
     first = train(ground.base, jnp.asarray(value), jax.random.key(0))
     second = train(heavier, jnp.asarray(value * 1.5), jax.random.key(1))
-    assert len(traces) == 1
     keys = jnp.stack([jax.random.key(0), jax.random.key(1)])
-    lanes = jax.vmap(train, in_axes=(None, 0, 0))(ground.base, jnp.asarray([value, value * 1.5]), keys)
+    lanes = jax.jit(jax.vmap(trained, in_axes=(None, 0, 0)))(
+        ground.base, jnp.asarray([value, value * 1.5]), keys
+    )
     np.testing.assert_allclose(lanes[0], first, rtol=1e-8, atol=1e-10)
     assert not np.allclose(lanes[1], first) and np.isfinite(second).all()
 
