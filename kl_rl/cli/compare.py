@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -207,6 +208,9 @@ def _run_model(args: argparse.Namespace, folder: Path, progress: Progress) -> di
     from kl_rl.storage.fingerprint import fingerprint
 
     methods, reward = methods_named(args.methods) if args.methods else representatives(), None
+    for name in ("base", "prompts", "reward", "text"):
+        if getattr(args, name):
+            setattr(args, name, os.path.normpath(getattr(args, name)))  # ./base is base
     asked: dict[str, Any] = {"command": "compare", "methods": [m.name for m in methods]}
     files = {name: getattr(args, name) for name in ("prompts", "reward", "text") if getattr(args, name)}
     inputs = {name: fingerprint(file) for name, file in files.items()}
