@@ -49,7 +49,7 @@ NAMED = {method.name: method for method in METHODS}
 LAWFUL = [name for name, method in NAMED.items() if method.law is not None]
 # Variants that differ by what is kept between steps have the same step.
 STEPS = [name for name in LAWFUL if name not in ("rwr-logged", "vargrad-logged")]
-OFTEN = ("ppo", "best-of-n", "dt-tilted", "tb-replay", "alpha-0.5", "dpo")  # one of each family
+OFTEN = ("rloo", "best-of-n", "dt-tilted", "tb-replay", "alpha-0.5", "dpo")  # one of each family
 KEYS = jax.random.split(jax.random.key(5), 96)
 P = (1, 3)
 
