@@ -183,6 +183,12 @@ def test_interpolation_is_exact_where_divergences_are_quadratic():
         [entry["C_fwd"], entry["entropy_gap"], entry["kl"]], [0.5 * 0.49, 1.4, 0.3 * 0.49]
     )
     assert missed == {"method": "m", "family": "f", "target": 9.0, "seeds": 0, "passed": False}
+    (own,) = matched(
+        [r | {"reward": r["reward"] ** 3} for r in rows], "reward", [8.0 + 1e-6], base_reward=1.0
+    )
+    assert own["C"] == pytest.approx(
+        0.1, rel=1e-5
+    )  # at a point that was measured, however far the next one is
     at_kl = matched(rows, "kl", [0.3 * 1.5**2], base_reward=1.0)[0]
     np.testing.assert_allclose([at_kl["reward"], at_kl["C"]], [2.5, 0.1 * 1.5**2])
 

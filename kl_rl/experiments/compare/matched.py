@@ -46,7 +46,8 @@ def _along(points: list[Row], axis: str, target: float, origin: float) -> dict[s
     scale = (lambda x: np.sqrt(np.maximum(x, 0.0))) if axis == "kl" else (lambda x: x)
     x, aim = scale(along), float(scale(target))
     right = min(int(np.searchsorted(x, aim)), len(x) - 1)
-    if right > 0 and x[right] - x[right - 1] > WIDEST_GAP * (aim - x[0]):
+    measured = np.abs(along - target).min() <= rounding
+    if right > 0 and not measured and x[right] - x[right - 1] > WIDEST_GAP * (aim - x[0]):
         return None
 
     def at(name: str) -> float:
