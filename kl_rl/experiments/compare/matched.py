@@ -139,9 +139,10 @@ def summary(table: list[Row], targets: list[float], unit: str = "nats") -> str:
     for r in trained:
         waste[r["family"]].append(r["C"] / r["kl"] if r["kl"] > 0 else 0.0)
     shares = ", ".join(f"{family} {100 * np.mean(values):.0f} %" for family, values in waste.items())
+    average = "on average, in point estimates" if "C_fwd_lower" in trained[0] else "on average"
     return (
         f"{losses} The exact posterior buys this reward for {trained[0]['P']:.3g} {unit} with C = 0; of the KL that "
-        f"each family spends, the share that is calibration loss is on average: {shares}."
+        f"each family spends, the share that is calibration loss is {average}: {shares}."
     )
 
 
