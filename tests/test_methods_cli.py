@@ -80,3 +80,21 @@ def test_the_documentation_is_what_the_cards_say():
     command = [sys.executable, ROOT / "docs" / "generate.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+UNTOUCHED = """
+from jax._src import xla_bridge
+from kl_rl.methods import METHODS
+from kl_rl.runs import Learning, Sizes, Task
+from kl_rl.runs.choice import choose
+for method in METHODS:
+    knob = {} if method.knob is None or method.knob.default is not None else {method.knob.option: 1.0}
+    choose(Task(method.name, "base", "prompts", "reward", **knob), Sizes(), Learning())
+assert not xla_bridge.backends_are_initialized()
+"""
+
+
+def test_choosing_a_method_leaves_the_devices_alone():
+    """A run may still split the CPU, or join other processes."""
+    done = subprocess.run([sys.executable, "-c", UNTOUCHED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -93,7 +93,8 @@ def algorithm_of(name, optimizer, value):
 
     head = lambda kind: constant_twist() if kind is Head.LOG_Z else value
     given = Given(scaled, head, 10, jnp.asarray([-0.5, 0.5]), VOCAB)
-    return method_named(name).made(2.0, given)
+    method = method_named(name)
+    return method.made(2.0 if method.knob is None or method.knob.admits(2.0) else 0.5, given)
 
 
 ONE_LAYER = {"llama": dataclasses.replace(LLAMA, layers=1), "gpt2": dataclasses.replace(GPT2, layers=1)}

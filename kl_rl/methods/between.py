@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from kl_rl import objectives
+from kl_rl.core.policy import Policy
 from kl_rl.core.posterior import Tilt
 from kl_rl.core.ranges import check_range
 from kl_rl.core.trajectories import Trajectories
@@ -59,13 +60,15 @@ def alpha_divergence(
         keep, add = jnp.log(memory), jnp.log1p(-memory)
         return jnp.logaddexp(extra[0] + keep, fresh + add), jnp.logaddexp(extra[1] + keep, add)
 
-    dtype = jnp.result_type(float)
-    nothing = (jnp.asarray(-jnp.inf, dtype), jnp.asarray(-jnp.inf, dtype))
+    def nothing(policy: Policy) -> tuple[jax.Array, jax.Array]:
+        empty = jnp.asarray(-jnp.inf, jnp.result_type(float))
+        return empty, empty
+
     return gradient_algorithm(
         loss,
         optimizer=optimizer,
         needs=_ALPHA,
-        extra=Extra(lambda policy: nothing, track),
+        extra=Extra(nothing, track),
     )
 
 

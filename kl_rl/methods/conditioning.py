@@ -146,7 +146,7 @@ def decision_transformer(
       Algorithm.
     """
     size = edges.shape[0] + 1
-    tokens = first_token + jnp.arange(size)
+    tokens = first_token + np.arange(size)  # no device yet: a run may still choose its own
 
     def loss(scored, evidence, extra):
         weight = jnp.ones_like(scored.reward)
@@ -168,7 +168,9 @@ def decision_transformer(
     def deploy(state: State, posterior: Posterior) -> Policy:
         log_prior = return_prior(state.extra, posterior.evidence)
         uniform = jnp.full_like(log_prior, -jnp.log(size))  # before any data
-        return mixture(state.policy, tokens, jnp.where(jnp.any(log_prior > -jnp.inf), log_prior, uniform))
+        return mixture(
+            state.policy, jnp.asarray(tokens), jnp.where(jnp.any(log_prior > -jnp.inf), log_prior, uniform)
+        )
 
     return gradient_algorithm(
         loss,
